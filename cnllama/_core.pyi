@@ -1,0 +1,107 @@
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+ByteArray = npt.NDArray[np.uint8]
+
+PAGE_SIZE: int
+"""Positions in one page of the key/value cache (64)."""
+
+def schemes() -> dict[str, dict[str, Any]]:
+    """Name -> {"bits", "group", "asymmetric", "bits_per_weight"} of every weight scheme in layout.hpp."""
+
+def packed_bytes(scheme: str, rows: int, cols: int) -> int: ...
+def padded_rows(rows: int) -> int: ...
+def quantize(weight: FloatArray, scheme: str, threads: int = 0) -> tuple[ByteArray, float, float]:
+    """Quantizes and packs rows of a matrix; returns (packed bytes, sum of squared error, sum of squares).
+
+    weight: float32 [rows, cols], finite, rows a multiple of 32 unless they are the last of the tensor.
+    Raises ValueError for NaN or infinity (naming row and column), and for an unknown scheme.
+    """
+
+def dequantize(packed: ByteArray, scheme: str, rows: int, cols: int, row_begin: int = 0, row_end: int = -1) -> FloatArray:
+    """float32 [row_end - row_begin, cols] of a packed matrix [rows, cols]. Raises ValueError when sizes do not match."""
+
+def isa() -> str: ...
+def isas() -> list[str]:
+    """Instruction sets this machine can run, slowest first: "scalar", "avx2", "avx512"."""
+
+def use_isa(name: str) -> None:
+    """Switches the kernels of this process. Raises ValueError for a name the machine lacks."""
+
+def cpu_info() -> dict[str, Any]:
+    """{"model", "isa", "isas", "physical_cores", "affinity", "cgroup_quota" (float or None), "default_threads"}."""
+
+class Engine:
+    """The model in native code: weights are borrowed from the given buffers, which it keeps alive."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, tuple[ByteArray, str, int, int]],
+        *,
+        threads: int = 0,
+        context: int = 2048,
+        max_sequences: int = 1,
+        max_step_tokens: int = 256,
+        kv_type: str = "fp16",
+    ) -> None:
+        """config: the .cnl's config. tensors: HF name -> (bytes, scheme, rows, cols); scheme "f32" is a vector of rows
+        floats (norms, biases). threads 0: the default of cpu_info(). The cache holds max_sequences * context positions.
+        Raises ValueError naming the tensor for a missing one or a wrong size.
+        """
+
+    vocab_size: int
+    context: int
+    threads: int
+    kv_type: str
+    max_step_tokens: int
+
+    def open(self, rope_length: int = 0) -> int:
+        """A new sequence. rope_length: the positions it is planned to reach; only dynamic NTK scaling uses it."""
+
+    def close(self, sequence: int) -> None: ...
+    def length(self, sequence: int) -> int: ...
+    def trim(self, sequence: int, length: int) -> None: ...
+    def step(self, batch: Sequence[tuple[int, IntArray, bool]]) -> FloatArray:
+        """Runs [(sequence, int32 token ids, all_logits)] in one pass and appends them to the cache.
+
+        Returns float32 [rows, vocab_size]: in batch order, one row for an entry's last token, or one for each of its
+        tokens with all_logits. At most max_step_tokens tokens in all; a sequence may occur once. Raises ValueError for a
+        bad id, an empty entry or too many tokens, RuntimeError with both numbers when the cache is full; the cache is
+        unchanged then. The GIL is released while it runs.
+        """
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: {"weights", "kv_reserved", "kv_per_token", "scratch"}."""
+
+    def barriers(self) -> int: ...
+
+class Sampler:
+    """Logits to token. One per sequence; a seed gives the same tokens on every machine."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        seed: int = 0,
+    ) -> None: ...
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Adds tokens (prompt or generated) to the history that the repetition penalty reads."""
+
+    def sample(
+        self, logits: FloatArray, banned: Sequence[int] = (), logprobs: int = 0
+    ) -> tuple[int, float, list[tuple[int, float]]]:
+        """(token, its log probability, the `logprobs` most likely as (id, log probability)). The log probabilities are of
+        the unmodified distribution, softmax(logits). `banned` ids cannot be chosen. The token is added to the history.
+        Raises ValueError when logits hold NaN or no token is left.
+        """

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// A small pool that runs one function on every thread at once (SPMD). A whole forward pass is one such run: the
+// threads walk through the layers together and meet at barriers, so an op costs no fork and no join.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+namespace cnl {
+
+class ThreadPool;
+
+/// What one thread of a run sees of the others. Only valid inside ThreadPool::run.
+class Team {
+   public:
+    int index() const { return index_; }
+    int size() const;
+
+    /// Returns when every thread of the team has arrived. Spins for about 100 us, then sleeps.
+    void barrier();
+
+    /// Calls body(begin, end) over disjoint pieces of [0, count), each piece once, in pieces of about `grain` (>= 1),
+    /// handed out to whichever thread is free. Ends with a barrier. Every thread must call it, in the same order.
+    template <typename Body>
+    void parallel_for(std::int64_t count, std::int64_t grain, Body&& body) {
+        for (;;) {
+            const std::int64_t begin = claim(grain);
+            if (begin >= count) break;
+            const std::int64_t end = begin + grain < count ? begin + grain : count;
+            body(begin, end);
+        }
+        finish_loop();
+    }
+
+   private:
+    friend class ThreadPool;
+    Team(ThreadPool& pool, int index) : pool_(pool), index_(index) {}
+    std::int64_t claim(std::int64_t grain);
+    void finish_loop();
+    ThreadPool& pool_;
+    int index_;
+    std::uint32_t loops_ = 0;
+};
+
+class ThreadPool {
+   public:
+    /// `threads` >= 1, the caller's thread included. Throws std::invalid_argument otherwise.
+    explicit ThreadPool(int threads);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    int size() const;
+
+    /// Runs job(team) on every thread and returns when all are done. An exception of any thread that leaves its job is
+    /// rethrown here; a job must not throw between barriers on one thread only.
+    void run(const std::function<void(Team&)>& job);
+
+    /// Barriers passed since construction (one thread's count): the benchmark and a test read it.
+    std::int64_t barriers() const;
+
+   private:
+    friend class Team;
+    struct State;
+    std::unique_ptr<State> state_;
+};
+
+}  // namespace cnl
