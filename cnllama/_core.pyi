@@ -36,6 +36,9 @@ def use_isa(name: str) -> None:
 def cpu_info() -> dict[str, Any]:
     """{"model", "isa", "isas", "physical_cores", "affinity", "cgroup_quota" (float or None), "default_threads"}."""
 
+def read_bandwidth(threads: int = 0, mebibytes: int = 256, rounds: int = 5) -> float:
+    """Bytes per second that plain reads of main memory reach, the median of some rounds: the limit of decoding."""
+
 class Engine:
     """The model in native code: weights are borrowed from the given buffers, which it keeps alive."""
 

@@ -33,7 +33,7 @@ struct KvLayout {
 };
 
 class KvCache {
-   public:
+ public:
     /// Reserves address room for `pages` pages; memory is taken as positions are written. Throws std::runtime_error
     /// with the size in GiB when the system refuses.
     KvCache(const KvLayout& layout, std::int64_t pages);
@@ -45,8 +45,8 @@ class KvCache {
     std::int64_t pages_total() const { return pages_; }
     std::int64_t pages_free() const { return static_cast<std::int64_t>(free_.size()); }
 
-    int open();               // a new empty sequence; its id
-    void close(int sequence); // frees its pages. Throws std::invalid_argument for an unknown id, as all below do.
+    int open();                // a new empty sequence; its id
+    void close(int sequence);  // frees its pages. Throws std::invalid_argument for an unknown id, as all below do.
     std::int64_t length(int sequence) const;
     /// Makes room for `count` more positions. Throws std::length_error with both numbers when the pages run out;
     /// nothing has changed then.
@@ -55,11 +55,12 @@ class KvCache {
 
     const std::int32_t* page_table(int sequence) const;
     std::uint8_t* slab(std::int32_t page, int layer, int kv_head) const {
-        return base_ + (static_cast<std::size_t>(page) * layout_.layers + layer) * layout_.kv_heads * layout_.slab_bytes() +
+        return base_ +
+               (static_cast<std::size_t>(page) * layout_.layers + layer) * layout_.kv_heads * layout_.slab_bytes() +
                static_cast<std::size_t>(kv_head) * layout_.slab_bytes();
     }
 
-   private:
+ private:
     struct Sequence {
         bool open = false;
         std::int64_t length = 0;

@@ -3,8 +3,8 @@
 //
 // A weight matrix W [rows N, columns K] (y = W x) is stored as PANELS of 16 rows. A panel is one ascending stream:
 //
-//   panel p (rows 16p .. 16p+15) = superblock 0 | superblock 1 | ...            256 columns each, the last may be shorter
-//   superblock                   = scales [groups][16 rows] fp16
+//   panel p (rows 16p .. 16p+15) = superblock 0 | superblock 1 | ...            256 columns each, the last may be
+//   shorter superblock                   = scales [groups][16 rows] fp16
 //                                  mins   [groups][16 rows] fp16                 asymmetric schemes only
 //                                  zero bytes up to a multiple of 64
 //                                  block 0 | block 1 | ...                       32 columns each
@@ -94,8 +94,7 @@ constexpr Position locate(const Scheme& s, std::int64_t cols, std::int64_t row, 
     const std::int64_t k = padded_cols(s, cols);
     const std::int64_t superblock = col / kSuperblock, in_super = col % kSuperblock;
     const std::int64_t span = k - superblock * kSuperblock < kSuperblock ? k - superblock * kSuperblock : kSuperblock;
-    const std::int64_t start =
-        row / kPanelRows * panel_bytes(s, cols) + superblock * superblock_bytes(s, kSuperblock);
+    const std::int64_t start = row / kPanelRows * panel_bytes(s, cols) + superblock * superblock_bytes(s, kSuperblock);
     const std::int64_t lane = row % kPanelRows, in_block = in_super % kBlock;
     const std::int64_t half = s.bits == 4 ? in_block % 16 : in_block;
     Position at{};

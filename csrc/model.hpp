@@ -50,10 +50,11 @@ struct StepEntry {
 };
 
 class Model {
-   public:
-    /// The tensors that `weights` points to must outlive the model and have the sizes of `config`.
+ public:
+    /// The tensors that `weights` points to must outlive the model and have the sizes of `config`. The cache has room
+    /// for max_sequences of `context` positions each.
     Model(const ModelConfig& config, Weights weights, int threads, std::int64_t max_step_tokens, KvType kv_type,
-          std::int64_t kv_positions, int max_sequences);
+          std::int64_t context, std::int64_t max_sequences);
     ~Model();
 
     const ModelConfig& config() const { return config_; }
@@ -69,13 +70,18 @@ class Model {
     /// Rows of logits that a step returns.
     static std::int64_t output_rows(std::span<const StepEntry> batch);
 
-    /// Runs one step and appends to the cache. logits float [output_rows(batch), vocab_size].
+    /// Throws std::invalid_argument with a sentence for a step that cannot run: an unknown or repeated sequence, an
+    /// empty entry, an id outside the vocabulary, too many tokens.
+    void check(std::span<const StepEntry> batch) const;
+
+    /// Runs one step and appends to the cache. logits float [output_rows(batch), vocab_size]. Throws
+    /// what check() does, and std::length_error for a full cache, which is unchanged then.
     void step(std::span<const StepEntry> batch, float* logits);
 
-   private:
+ private:
     struct Buffers;
-    void forward(Team& team, std::span<const SequenceRows> sequences, std::int64_t m, std::int64_t outputs,
-                 float* logits);
+    void reserve(std::span<const StepEntry> batch);
+    void forward(Team& team, float* logits);
 
     ModelConfig config_;
     Weights weights_;

@@ -36,10 +36,11 @@ struct SequenceRows {
 
 namespace ops {
 
-/// Int8 activations in the order the matmul kernels read them: opaque to the model. One scale per token and 256 columns,
-/// and the sums per group that fold the weights' offsets away. Room for `max_tokens` x `max_cols` is taken once.
+/// Int8 activations in the order the matmul kernels read them: opaque to the model. One scale per token and 256
+/// columns, and the sums per group that fold the weights' offsets away. Room for `max_tokens` x `max_cols` is taken
+/// once.
 class Activations {
-   public:
+ public:
     Activations(std::int64_t max_tokens, std::int64_t max_cols);
     ~Activations();
     Activations(const Activations&) = delete;
@@ -48,7 +49,7 @@ class Activations {
     Data& data() { return *data_; }
     const Data& data() const { return *data_; }
 
-   private:
+ private:
     Data* data_;
 };
 
@@ -56,7 +57,8 @@ class Activations {
 void embed(Team&, const Weight& table, const std::int32_t* tokens, std::int64_t m, float* x);
 
 /// out = quantize(x / sqrt(mean(x^2) + eps) * gamma). x float [m, cols], gamma float [cols].
-void rms_norm(Team&, const float* x, const float* gamma, float eps, std::int64_t m, std::int64_t cols, Activations& out);
+void rms_norm(Team&, const float* x, const float* gamma, float eps, std::int64_t m, std::int64_t cols,
+              Activations& out);
 
 /// out = quantize(x): int8, round to nearest even, scale = max|x| / 127 over 256 columns. x float [m, cols].
 void quantize(Team&, const float* x, std::int64_t m, std::int64_t cols, Activations& out);
@@ -90,8 +92,8 @@ void rope_append(Team&, float* q, float* k, const float* v, const float* cos, co
 /// q, out float [m, heads * head_dim]; heads is a multiple of the cache's kv_heads, and query head h reads kv head
 /// h / (heads / kv_heads). Keys are taken in fixed chunks that are merged in order, which keeps the bits independent
 /// of the split.
-void attention(Team&, const float* q, int heads, std::span<const SequenceRows> sequences, const KvCache& cache, int layer,
-               float* out);
+void attention(Team&, const float* q, int heads, std::span<const SequenceRows> sequences, const KvCache& cache,
+               int layer, float* out);
 
 /// out[i] = x[rows[i]]. x float [*, cols], out float [count, cols].
 void gather_rows(Team&, const float* x, const std::int32_t* rows, std::int64_t count, std::int64_t cols, float* out);

@@ -13,7 +13,7 @@ class ThreadPool;
 
 /// What one thread of a run sees of the others. Only valid inside ThreadPool::run.
 class Team {
-   public:
+ public:
     int index() const { return index_; }
     int size() const;
 
@@ -33,7 +33,7 @@ class Team {
         finish_loop();
     }
 
-   private:
+ private:
     friend class ThreadPool;
     Team(ThreadPool& pool, int index) : pool_(pool), index_(index) {}
     std::int64_t claim(std::int64_t grain);
@@ -44,7 +44,7 @@ class Team {
 };
 
 class ThreadPool {
-   public:
+ public:
     /// `threads` >= 1, the caller's thread included. Throws std::invalid_argument otherwise.
     explicit ThreadPool(int threads);
     ~ThreadPool();
@@ -60,7 +60,7 @@ class ThreadPool {
     /// Barriers passed since construction (one thread's count): the benchmark and a test read it.
     std::int64_t barriers() const;
 
-   private:
+ private:
     friend class Team;
     struct State;
     std::unique_ptr<State> state_;
