@@ -3,6 +3,7 @@
 // threads walk through the layers together and meet at barriers, so an op costs no fork and no join.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -13,38 +14,40 @@ class ThreadPool;
 
 /// What one thread of a run sees of the others. Only valid inside ThreadPool::run.
 class Team {
- public:
+   public:
     int index() const { return index_; }
     int size() const;
 
     /// Returns when every thread of the team has arrived. Spins for about 100 us, then sleeps.
     void barrier();
 
-    /// Calls body(begin, end) over disjoint pieces of [0, count), each piece once, in pieces of about `grain` (>= 1),
-    /// handed out to whichever thread is free. Ends with a barrier. Every thread must call it, in the same order.
+    /// Calls body(begin, end) over disjoint pieces of [0, count), each piece once, in pieces of about `grain` (>= 1).
+    /// Every thread first walks through its own contiguous part, then helps the others with theirs. Ends with a
+    /// barrier. Every thread must call it, in the same order.
     template <typename Body>
     void parallel_for(std::int64_t count, std::int64_t grain, Body&& body) {
-        for (;;) {
-            const std::int64_t begin = claim(grain);
-            if (begin >= count) break;
-            const std::int64_t end = begin + grain < count ? begin + grain : count;
-            body(begin, end);
-        }
-        finish_loop();
+        Piece piece;
+        for (int victim = 0; claim(count, grain, victim, piece);) body(piece.begin, piece.end);
+        barrier();
     }
 
- private:
+    /// Memory of at least `bytes`, aligned to 64, that all threads share until the next call. Every thread must call
+    /// it with the same size. It grows on demand (then it costs barriers) and is kept with the pool.
+    std::byte* scratch(std::size_t bytes);
+
+   private:
     friend class ThreadPool;
+    struct Piece {
+        std::int64_t begin = 0, end = 0;
+    };
     Team(ThreadPool& pool, int index) : pool_(pool), index_(index) {}
-    std::int64_t claim(std::int64_t grain);
-    void finish_loop();
+    bool claim(std::int64_t count, std::int64_t grain, int& victim, Piece& piece);
     ThreadPool& pool_;
     int index_;
-    std::uint32_t loops_ = 0;
 };
 
 class ThreadPool {
- public:
+   public:
     /// `threads` >= 1, the caller's thread included. Throws std::invalid_argument otherwise.
     explicit ThreadPool(int threads);
     ~ThreadPool();
@@ -54,13 +57,13 @@ class ThreadPool {
     int size() const;
 
     /// Runs job(team) on every thread and returns when all are done. An exception of any thread that leaves its job is
-    /// rethrown here; a job must not throw between barriers on one thread only.
+    /// rethrown here; the others give up at their next barrier.
     void run(const std::function<void(Team&)>& job);
 
     /// Barriers passed since construction (one thread's count): the benchmark and a test read it.
     std::int64_t barriers() const;
 
- private:
+   private:
     friend class Team;
     struct State;
     std::unique_ptr<State> state_;

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// The micro-kernels that every instruction set provides, and nothing else.
+//
+// The files that fill a table (isa_*.cpp) are compiled beyond the baseline of the rest. A function that is inline in a
+// shared header could be emitted there with AVX-512 and kept by the linker for everybody. So this header holds data
+// only, kernel files include no standard header but <cstdint>, and all their code has internal linkage.
+//
+// All tables give the same bits. The order of operations is written once, in kernels_*.inl, over the vectors of 16
+// floats of vec_*.hpp; only exact integer sums are left to the instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace cnl::cpu {
+
+inline constexpr int kLanes = 16;          // rows of a panel, floats of a vector
+inline constexpr int kTileTokens = 6;      // tokens a matmul kernel holds in registers
+inline constexpr int kPairRows = 32;       // rows of two panels: the unit of work of a matmul
+inline constexpr int kSpan = 256;          // columns that share an activation scale: a superblock of the weights
+inline constexpr int kChunkKeys = 256;     // keys of one attention chunk
+inline constexpr int kPageKeys = 64;       // positions of a cache page
+inline constexpr int kSchemeCount = 4;
+
+/// The schemes of layout.hpp in their order, restated because kernel files cannot include it; matmul.cpp asserts that
+/// the two agree.
+struct SchemeShape {
+    int bits, group;
+    bool asymmetric;
+};
+inline constexpr SchemeShape kSchemeShapes[kSchemeCount] = {{4, 64, false}, {4, 64, true}, {4, 32, false}, {8, 64, false}};
+
+/// c += W a over a range of whole superblocks, for one or two neighbouring panels and 1 .. 6 tokens.
+struct MatmulTile {
+    const std::uint8_t* weights;  // the range's first superblock in the first panel
+    std::int64_t panel_bytes;     // from there to the same superblock of the second panel
+    std::int64_t cols;            // of the range, a multiple of the group; only a matrix's last superblock is short
+    const std::int8_t* values;    // [cols / 32][tokens][32]
+    const std::int32_t* sums;     // [cols / group][tokens]: two int16, see QuantizeSpan
+    const float* scales;          // [superblocks][tokens]
+    float* c;                     // [tokens][kPairRows]
+};
+
+/// One token's 256 columns (or the last, shorter ones): x -> int8. `tokens` is the stride of the tile's arrays.
+struct QuantizeSpan {
+    const float* x;      // [cols]
+    const float* gamma;  // [cols], or null: y = x, else y = x * factor * gamma
+    float factor;
+    int cols;            // 1 .. 256
+    int tokens;
+    std::int8_t* values;   // [8][tokens][32]; columns up to a multiple of 64 are written
+    // Sums of 32 and of 64 columns: low half over columns k with k % 4 in {0, 1}, high half over the others. That is
+    // the form in which int16 kernels start; one multiply-add of pairs turns it into the whole sum for the others.
+    std::int32_t* sums32;  // [8][tokens]
+    std::int32_t* sums64;  // [4][tokens]
+    float* scale;          // [1]
+};
+
+/// How the bytes of a cache slab lie (KvLayout).
+struct KvShape {
+    int head_dim, padded_dim;
+    bool int8;
+    std::int64_t v_offset, k_scale_offset, v_scale_offset;
+};
+
+/// Attention of some queries over one chunk of 256 keys. Query i sees the first keys[i] (1 .. 256) of them.
+struct AttentionChunk {
+    KvShape shape;
+    const std::uint8_t* slabs[kChunkKeys / kPageKeys];
+    int queries;
+    const float* q;            // [queries][padded_dim], times 1 / sqrt(head_dim)
+    const std::int32_t* keys;  // [queries]
+    float* scores;             // [queries][256], scratch
+    float* acc;                // [queries][padded_dim]   sum of p v
+    float* max;                // [queries]               of the scores
+    float* sum;                // [queries]               of p = exp(score - max)
+};
+
+/// 16 rows of one group of columns -> q. Transposed: element (column k, row r) at [k * 16 + r].
+struct QuantizeGroup {
+    const float* w;       // [cols][16]
+    int cols;             // 1 .. group
+    int bits;
+    bool asymmetric;
+    std::uint8_t* q;        // [cols][16]
+    std::uint16_t* scale;   // [16] fp16
+    std::uint16_t* min;     // [16] fp16, asymmetric only
+    float* error;           // [16] sum of squared errors
+};
+
+struct Kernels {
+    const char* name;
+    /// [scheme][panels - 1][tokens - 1]
+    void (*matmul[kSchemeCount][2][kTileTokens])(const MatmulTile&);
+    /// 1 / sqrt(mean(x^2) + eps)
+    float (*rms_factor)(const float* x, std::int64_t cols, float eps);
+    void (*quantize_span)(const QuantizeSpan&);
+    /// out = silu(gate) * up; n a multiple of 16
+    void (*swiglu)(const float* gate, const float* up, float* out, std::int64_t n);
+    /// out = exp(x); n a multiple of 16. Tests only; the ops use it inline.
+    void (*exp)(const float* x, float* out, std::int64_t n);
+    /// Rotates pairs (j, j + half) of one head.
+    void (*rope)(float* x, const float* cos, const float* sin, int half);
+    /// Writes one position's key and value (head_dim floats each) into its slab.
+    void (*kv_store)(const KvShape&, std::uint8_t* slab, int position, const float* k, const float* v);
+    void (*attention_chunk)(const AttentionChunk&);
+    /// (max, sum, acc) of earlier chunks takes in those of the next.
+    void (*attention_merge)(float* max, float* sum, float* acc, float next_max, float next_sum, const float* next_acc,
+                            int padded_dim);
+    /// out[dim] = acc / sum
+    void (*attention_finish)(const float* acc, float sum, int head_dim, float* out);
+    void (*quantize_group)(const QuantizeGroup&);
+    /// Benchmark: runs `iterations` of this set's int8 multiply-add at full rate; the number of multiply-adds done.
+    std::int64_t (*int8_peak)(std::int64_t iterations);
+    /// Benchmark: reads whole 64-byte lines; a sum of them, so that the reading is not for nothing.
+    std::uint64_t (*read_lines)(const std::uint8_t* lines, std::int64_t count);
+};
+
+extern const Kernels kScalarKernels;
+extern const Kernels kAvx2Kernels;    // x86-64 only
+extern const Kernels kAvx512Kernels;  // x86-64 only
+
+}  // namespace cnl::cpu

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels for AVX2, FMA and F16C. Compiled with their flags: see isa.hpp for what this file must not include.
+#include "isa.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace cnl::cpu {
+namespace {
+#include "vec_avx2.hpp"
+// separate: clang-format must not reorder
+#include "kernels.inl"
+}  // namespace
+
+const Kernels kAvx2Kernels = make_table("avx2");
+
+}  // namespace cnl::cpu
+#endif

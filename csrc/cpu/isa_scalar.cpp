@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels in plain C++: any machine, and what the others are compared with.
+#include "half.hpp"
+#include "isa.hpp"
+
+namespace cnl::cpu {
+namespace {
+#include "vec_scalar.hpp"
+// separate: clang-format must not reorder
+#include "kernels.inl"
+}  // namespace
+
+const Kernels kScalarKernels = make_table("scalar");
+
+}  // namespace cnl::cpu

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The matmul micro-kernel: the order of its float operations, which fixes the bits, over the exact integer sums of
+// dot_group (vec_*.hpp). Included inside an anonymous namespace.
+//
+// Per row and token:   c += scale_a * sum over groups ( scale_w * (float) sum (q - zero) a   [+ min_w * sum a] )
+//
+// for every superblock of 256 columns in order, all by fused multiply-adds. N panels of 16 rows by M tokens sit in
+// registers; c is visited once a superblock only, so it may lie in memory and the columns may be cut there.
+
+template <int kScheme, int N, int M>
+void matmul_tile(const MatmulTile& t) {
+    constexpr SchemeShape kShape = kSchemeShapes[kScheme];
+    constexpr bool kAsym = kShape.asymmetric;
+    constexpr int kBlocks = kShape.group / 32;
+    constexpr int kGroupBytes = 16 * kShape.group * kShape.bits / 8;
+    constexpr bool kStream = N == 1;  // one token tile: weights come from memory, once
+
+    const std::uint8_t* w[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) w[n] = t.weights + n * t.panel_bytes;
+    const std::int8_t* a = t.values;
+    const std::int32_t* sums = t.sums;
+    const float* a_scales = t.scales;
+
+    for (std::int64_t left = t.cols; left > 0; left -= kSpan, a_scales += M) {
+        const int groups = static_cast<int>(left < kSpan ? left : kSpan) / kShape.group;
+        const int header = (groups * 32 * (kAsym ? 2 : 1) + 63) / 64 * 64;
+        const std::uint8_t* lines[N];
+        f32x16 f[N][M];
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+            lines[n] = w[n] + header;
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) f[n][m] = zeros();
+        }
+        for (int g = 0; g < groups; ++g) {
+            i32x16 sum[N][M];
+            dot_group<kShape.bits, kBlocks, kAsym, N, M, kStream>(lines, a, sums, sum);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) {
+                const f32x16 scale = load_half(w[n] + g * 32);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) f[n][m] = fma(to_f32(sum[n][m]), scale, f[n][m]);
+            }
+            if constexpr (kAsym) {
+                f32x16 a_sum[M];
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) a_sum[m] = group_sum(sums[m]);
+#pragma GCC unroll 2
+                for (int n = 0; n < N; ++n) {
+                    const f32x16 min_w = load_half(w[n] + (groups + g) * 32);
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; ++m) f[n][m] = fma(min_w, a_sum[m], f[n][m]);
+                }
+            }
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) lines[n] += kGroupBytes;
+            a += kBlocks * 32 * M;
+            sums += M;
+        }
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+            w[n] = lines[n];
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                float* c = t.c + m * kPairRows + n * 16;
+                store(c, fma(f[n][m], bcast(a_scales[m]), load(c)));
+            }
+        }
+    }
+}
