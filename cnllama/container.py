@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The safetensors container: parsed with suspicion, mapped, never copied. format.py builds the .cnl on it."""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from cnllama.errors import CnllamaError, InputError, from_os_error
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 8
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_OTHER_FORMATS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a zip archive (a .bin of PyTorch?)", b"\x80\x02": "a pickle"}
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return result
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    """Strict JSON: no duplicate keys, no NaN or Infinity, no nesting without end. `what` begins the error."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise InputError(f"{what} is nested too deeply to be valid; the file is damaged") from None
+    except ValueError as error:
+        raise InputError(f"{what} is not valid JSON ({error}); the file is damaged, get it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file. Raises InputError when it cannot be read or is no object."""
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes is too long for a configuration file")
+        data = path.read_bytes()
+    except OSError as error:
+        raise from_os_error(path, error) from None
+    value = parse_json(data.removeprefix(b"\xef\xbb\xbf"), f"{path}: the file")
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def is_count(value: object, low: int = 0, high: int = 1 << 62) -> bool:
+    """Whether `value` is an integer (no bool) within low .. high."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def map_file(path: Path) -> tuple[mmap.mmap, int]:
+    """A read-only map of the whole file and its size in bytes. Raises InputError for what is no readable file."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{path}: this is no regular file")
+            if status.st_size == 0:
+                raise InputError(f"{path}: the file is empty; its download or conversion was cut off, make it again")
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise from_os_error(path, error) from None
+    return mapping, status.st_size
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file; begin and end count from the start of the file, in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """A validated, mapped safetensors file.
+
+    Raises InputError when a length, offset, shape or dtype is not what the format allows: the data area must be covered
+    by the tensors without holes or overlaps, exactly to the end of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], max_header: int = MAX_HEADER_BYTES) -> None:
+        self.path = Path(path)
+        self._map, self.size = map_file(self.path)
+        self.header = self._read_header(max_header)
+        self.data_begin = 8 + len(self.header)
+        table = parse_json(self.header, f"{self.path}: the header")
+        if not isinstance(table, dict):
+            self.refuse("the header is no JSON object", "this is no safetensors file")
+        self.metadata = self._check_metadata(table.pop("__metadata__", {}))
+        self.entries = {name: self._check_entry(name, info) for name, info in table.items()}
+        self._check_cover()
+        self.bytes: Bytes = np.frombuffer(self._map, np.uint8)
+
+    def view(self, name: str) -> Bytes:
+        """The bytes of a tensor: a read-only uint8 view of the map."""
+        entry = self.entries[name]
+        return self.bytes[entry.begin : entry.end]
+
+    def release(self, begin: int, end: int) -> None:
+        """Drops the pages that hold bytes begin .. end of the file from memory; reading them again brings them back."""
+        begin -= begin % mmap.PAGESIZE
+        if hasattr(self._map, "madvise") and end > begin:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def advise_huge_pages(self) -> None:
+        """Asks for large pages, which save page-table walks when all weights are read for every token."""
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # a kernel built without them
+                return
+
+    def refuse(self, found: str, mend: str) -> NoReturn:
+        """Raises InputError naming this file."""
+        raise InputError(f"{self.path}: {found}; {mend}")
+
+    def _read_header(self, max_header: int) -> bytes:
+        start = self._map[:8]
+        if self.size < 10:
+            self.refuse(f"the file has {self.size} bytes, too few for any safetensors file", "make it again")
+        length = int.from_bytes(start, "little")
+        if not 2 <= length <= max_header or self._map[8:9] != b"{":
+            other = next((text for magic, text in _OTHER_FORMATS.items() if start.startswith(magic)), None)
+            found = f"this is {other}" if other else f"it begins with {start!r}, which starts no safetensors header"
+            self.refuse(found, "expected a safetensors file")
+        if 8 + length > self.size:
+            self.refuse(
+                f"the header is {length:,} bytes long but the file ends after {self.size:,}",
+                "it was cut off, get it again",
+            )
+        return self._map[8 : 8 + length]
+
+    def _check_metadata(self, value: object) -> dict[str, str]:
+        if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
+            return value
+        self.refuse("__metadata__ in the header is no map of strings", "the file is damaged")
+
+    def _check_entry(self, name: str, info: object) -> Entry:
+        damaged = "the file is damaged, get it again"
+        if not isinstance(info, dict):
+            self.refuse(f"the header's entry of {name!r} is no object", damaged)
+        dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            self.refuse(f"tensor {name!r} has dtype {dtype!r:.40}, expected one of {', '.join(DTYPE_BYTES)}", damaged)
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(is_count(extent) for extent in shape):
+            self.refuse(f"tensor {name!r} has shape {shape!r:.80}, expected a short list of sizes", damaged)
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(offset) for offset in offsets):
+            self.refuse(f"tensor {name!r} has data_offsets {offsets!r:.80}, expected two positions", damaged)
+        begin, end = offsets
+        room = self.size - self.data_begin
+        if begin > end or end > room:
+            self.refuse(
+                f"tensor {name!r} claims bytes {begin:,} to {end:,} of a data area of {room:,}",
+                "the file was cut off or is damaged, get it again",
+            )
+        expected = math.prod(shape) * DTYPE_BYTES[dtype]
+        if end - begin != expected:
+            self.refuse(f"tensor {name!r} has {end - begin:,} bytes but its shape asks for {expected:,}", damaged)
+        return Entry(dtype, tuple(shape), self.data_begin + begin, self.data_begin + end)
+
+    def _check_cover(self) -> None:
+        position = self.data_begin
+        for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            if entry.begin != position:
+                found = "overlaps another" if entry.begin < position else "has a hole before it"
+                self.refuse(f"tensor {name!r} {found} at byte {entry.begin:,}", "the file is damaged, get it again")
+            position = entry.end
+        if position != self.size:
+            self.refuse(
+                f"the tensors end at byte {position:,} but the file has {self.size:,}",
+                "the file is damaged, get it again",
+            )
+
+
+class Output:
+    """A file written under a temporary name beside the final one and renamed when it is complete.
+
+    An exception removes the temporary file; a killed process leaves at most the temporary one, which the next run for
+    the same name removes. Raises CnllamaError for a full disk and InputError for a place that cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if os.path.isdir(self.path):
+            raise InputError(f"{self.path}: this is a directory, expected the name of a file to write")
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._remove_leftovers()
+        try:
+            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        except OSError as error:
+            raise from_os_error(self.path, error) from None
+        self._lock()
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Writes all bytes at `offset`."""
+        view = memoryview(data).cast("B")
+        try:
+            while view:
+                written = os.pwrite(self._fd, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise from_os_error(self.path, error) from None
+
+    def commit(self) -> None:
+        """Makes the file durable and gives it its final name."""
+        try:
+            os.fsync(self._fd)
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            raise from_os_error(self.path, error) from None
+        os.close(self._fd)
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        except OSError:  # some file systems cannot sync a directory; the data are safe
+            pass
+        finally:
+            os.close(directory)
+
+    def discard(self) -> None:
+        """Removes the temporary file."""
+        os.close(self._fd)
+        self._temporary.unlink(missing_ok=True)
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (ImportError, OSError):  # no locks here: then leftovers are not cleaned up either
+            return
+
+    def _remove_leftovers(self) -> None:
+        try:
+            import fcntl
+
+            for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.[0-9]*.part"):
+                with open(leftover, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a living conversion holds the lock
+                    leftover.unlink()
+        except (ImportError, OSError):
+            return
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes an ordinary user may still write in `directory`."""
+    try:
+        status = os.statvfs(directory)
+    except OSError as error:
+        raise from_os_error(directory, error) from None
+    return status.f_bavail * status.f_frsize
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises CnllamaError when `needed` bytes cannot fit beside `path`."""
+    free = free_bytes(path.absolute().parent)
+    if free < needed:
+        raise CnllamaError(
+            f"{path}: the file will have {needed:,} bytes but its disk has {free:,} free; free some space or choose "
+            "another place"
+        )

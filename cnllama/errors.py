@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two errors that end a command with one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class CnllamaError(Exception):
+    """The work failed: a full disk, a machine that is too small, a file that changed while it was read."""
+
+    exit_code = 1
+
+
+class InputError(CnllamaError):
+    """The user's input is wrong. The message names the file, the value found, the value expected and the mend."""
+
+    exit_code = 2
+
+
+_INPUT_ERRORS = {
+    errno.ENOENT: "there is no such file or directory",
+    errno.ENOTDIR: "a part of this path is a file, not a directory",
+    errno.EISDIR: "this is a directory, expected a file",
+    errno.EACCES: "no permission; change the file's or its directory's permissions",
+    errno.EPERM: "no permission; change the file's or its directory's permissions",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "too many symbolic links",
+}
+_SPACE_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would pass the largest size allowed here (ulimit -f, or the file system's limit)",
+}
+
+
+def from_os_error(path: str | os.PathLike[str], error: OSError) -> CnllamaError:
+    """One sentence for an operating-system error on `path`: InputError for a wrong path, CnllamaError otherwise."""
+    code = error.errno or 0
+    if code in _INPUT_ERRORS:
+        return InputError(f"{os.fspath(path)}: {_INPUT_ERRORS[code]}")
+    if code in _SPACE_ERRORS:
+        return CnllamaError(f"{os.fspath(path)}: {_SPACE_ERRORS[code]}; free some space or choose another place")
+    return CnllamaError(f"{os.fspath(path)}: {error.strerror or error}")

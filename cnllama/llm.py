@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLM: a packed model, opened and ready to answer."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from cnllama import _core
+from cnllama.errors import CnllamaError, InputError
+from cnllama.format import open_cnl
+from cnllama.plan import STEP_TOKENS, Plan, make_plan, refuse_unless_fits, trained_length
+from cnllama.request import Completion, Request
+from cnllama.sampling import SamplingParams
+from cnllama.scheduler import Scheduler, SlotPool
+from cnllama.templates import Message, Template, encode_chat, get_template
+from cnllama.textio import tr
+from cnllama.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]
+Progress = Callable[[int, int], None]
+
+# generation_config.json's names for what SamplingParams calls otherwise.
+_GENERATION_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
+_GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+_INTEGERS = ("top_k", "max_tokens")
+
+
+def bundled_model() -> Path:
+    """The demonstration model that lies beside this module. Raises InputError when this installation has none."""
+    found = sorted((Path(__file__).parent / "demo").glob("*.cnl"))
+    if not found:
+        raise InputError(
+            tr(
+                "no model was given: make one with `cnllama convert BASE [--lora DIR]... -o model.cnl` from a Hugging "
+                "Face LLaMA directory, then name it with -m model.cnl",
+                "没有指定模型：请先用 `cnllama convert BASE [--lora DIR]... -o model.cnl` 从 Hugging Face 的 LLaMA 目录"
+                "转换出一个，再用 -m model.cnl 指定它",
+            )
+        )
+    return found[0]
+
+
+class Stream(Iterator[str]):
+    """The pieces of an answer as they come; `completion` has the result, so far or whole."""
+
+    def __init__(self, step: Callable[[], None], request: Request) -> None:
+        self._step = step
+        self._request = request
+
+    def __next__(self) -> str:
+        request = self._request
+        while True:
+            text = request.take()
+            if text:
+                return text
+            if request.error is not None:
+                raise CnllamaError(f"the request was ended: {request.error!r}") from request.error
+            if request.finished:
+                raise StopIteration
+            self._step()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops generating. What came so far stays in `completion`."""
+        self._request.cancel()
+
+    @property
+    def completion(self) -> Completion:
+        """The result so far; the whole one when the stream has ended."""
+        return self._request.completion()
+
+
+class LLM:
+    """A model ready to answer. Several may be open at once, and one may be used from several threads.
+
+    path: a .cnl, None for the bundled demonstration model. ctx: positions of a sequence, None for the trained length,
+    at most 4096 and at most what fits into memory. threads: 0 for the machine's physical cores as far as this process
+    may use them. kv_type: "fp16" or "int8". max_sequences: how many run at once. template: a name of templates.py
+    instead of the file's own.
+
+    Raises InputError for a file that is not sound, an option out of range and a model that does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        ctx: int | None = None,
+        threads: int = 0,
+        kv_type: str = "fp16",
+        max_sequences: int = 1,
+        template: str | None = None,
+    ) -> None:
+        begin = time.perf_counter()
+        self.path = Path(path) if path is not None else bundled_model()
+        self.file = open_cnl(self.path)
+        self.vocab_size: int = self.file.vocab_size
+        self.template: Template = get_template(template or self.file.template)
+        self.tokenizer = Tokenizer(self.file.tokenizer_model, self.file.tokenizer)
+        tensors = self.file.engine_tensors()
+        weights = sum(entry[0].nbytes for entry in tensors.values())
+        self.plan: Plan = make_plan(self.file.config, weights, context=ctx, kv_type=kv_type, sequences=max_sequences)
+        refuse_unless_fits(self.plan, self.path)
+        self.context = self.plan.context
+        self._warn_long_context()
+        try:
+            self.engine = _core.Engine(
+                self.file.config,
+                tensors,
+                threads=threads,
+                context=self.context,
+                max_sequences=max_sequences,
+                max_step_tokens=STEP_TOKENS,
+                kv_type=kv_type,
+            )
+        except ValueError as error:
+            raise InputError(f"{self.path}: {error}") from error
+        except RuntimeError as error:
+            raise CnllamaError(f"{self.path}: {error}") from error
+        self.threads: int = self.engine.threads
+        self._scheduler: Scheduler | None = Scheduler(self.engine, self._make_pool(max_sequences))
+        self._ends = self._end_tokens()
+        self._silent = [i for i in range(self.tokenizer.pieces, self.vocab_size) if not self.tokenizer.has(i)]
+        self.defaults: SamplingParams = self._default_params()
+        self.load_seconds = time.perf_counter() - begin
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        progress: Progress | None = None,
+        **changes: Any,
+    ) -> Stream:
+        """The answer piece by piece. prompt: text or messages, which go through the template, or token ids, which do
+        not. params: None for the model's defaults; `changes` are single fields of it. An explicit temperature of 0
+        drops the default truncation and penalty, so that it means the most likely token. progress: called with (prompt
+        tokens done, all). Raises InputError for a prompt that does not fit and for a wrong parameter.
+        """
+        request = self._request(prompt, self._params(params, changes), progress)
+        return Stream(self._step, request)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **changes: Any,
+    ) -> list[Completion]:
+        """Answers to several prompts, up to max_sequences of them running at once, in the order of the prompts.
+
+        params: one for all, or one for each. See `stream` for the rest. The tokens do not depend on what runs together.
+        """
+        batch: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[arg-type]
+        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(batch):
+            raise InputError(f"there are {len(batch)} prompts and {len(each)} sampling parameters")
+        settled = [self._params(p, changes) for p in each]
+        requests: list[Request] = []
+        try:
+            for prompt, chosen in zip(batch, settled, strict=True):
+                requests.append(self._request(prompt, chosen, None))
+            streams = [Stream(self._step, request) for request in requests]
+            for stream in streams:
+                for _ in stream:
+                    pass
+        finally:
+            for request in requests:
+                request.cancel()
+        return [request.completion() for request in requests]
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **changes: Any) -> Completion:
+        """The next answer of a conversation [{"role", "content"}]; what the cache still holds is not run again."""
+        stream = self.stream(messages, params, **changes)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def logits(self, ids: Sequence[int]) -> _core.FloatArray:
+        """float32 [len(ids), vocab_size]: the logits after every token. No template, nothing added."""
+        tokens = self._check_ids(ids)
+        if not tokens:
+            raise InputError("there are no token ids: give at least one")
+        self._check_length(len(tokens))
+        out = np.empty((len(tokens), self.vocab_size), np.float32)
+        with _one_sentence(self.path):
+            self._open_scheduler().all_logits(tokens, out)
+        return out
+
+    def tokenize(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+        """Ids of a text; see Tokenizer.encode."""
+        return self.tokenizer.encode(text, bos, eos, special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ids; see Tokenizer.decode."""
+        return self.tokenizer.decode(ids)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids that `stream` runs for a prompt."""
+        if isinstance(prompt, str):
+            return encode_chat(self.template, self.tokenizer, [{"role": "user", "content": prompt}])
+        if _is_messages(prompt):
+            return encode_chat(self.template, self.tokenizer, prompt)  # type: ignore[arg-type]
+        return self._check_ids(prompt)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Frees the cache and the threads. Requests that still run end with an error."""
+        if self._scheduler is not None:
+            self._scheduler.abort(CnllamaError("this LLM was closed"))
+            self._scheduler = None
+            del self.engine
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _request(self, prompt: Prompt, params: SamplingParams, progress: Progress | None) -> Request:
+        templated = isinstance(prompt, str) or _is_messages(prompt)
+        ids = self.prompt_ids(prompt)
+        if not ids:
+            raise InputError("the prompt is empty and the model puts no token before it: give some text")
+        self._check_length(len(ids))
+        room = self.context - len(ids) + 1
+        limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        model_ends = () if params.ignore_eos else self._ends
+        stop = params.stop if params.ignore_eos or not templated else (*params.stop, *self.template.stop)
+        request = Request(
+            ids,
+            params,
+            self.tokenizer.stream(continues=not (templated and self.template.fresh_answer)),
+            limit=limit,
+            ends=frozenset(i for i in (*model_ends, *params.stop_token_ids) if i < self.vocab_size),
+            banned=self._silent,
+            stop=stop,
+            progress=progress,
+        )
+        if not request.finished:
+            self._open_scheduler().add(request, len(ids) + limit - 1)
+        return request
+
+    def _step(self) -> None:
+        with _one_sentence(self.path):
+            self._open_scheduler().step()
+
+    def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+        if params is None:
+            greedy = changes.get("temperature") == 0
+            params = SamplingParams(max_tokens=self.defaults.max_tokens) if greedy else self.defaults
+        return params.with_changes(**changes)
+
+    def _default_params(self) -> SamplingParams:
+        values = dict(self.template.sampling)
+        for key in _GENERATION_KEYS:
+            if key in self.file.generation:
+                name = _GENERATION_NAMES.get(key, key)
+                value = self.file.generation[key]
+                values[name] = int(value) if name in _INTEGERS else value
+        try:
+            return SamplingParams(**values)
+        except InputError as error:
+            raise InputError(f"{self.path}: the file's sampling defaults cannot be used: {error}") from error
+
+    def _end_tokens(self) -> tuple[int, ...]:
+        ends = [int(i) for i in self.file.generation.get("eos_token_ids", [])]
+        if not ends and self.tokenizer.eos_id >= 0:
+            ends = [self.tokenizer.eos_id]
+        named = (self.tokenizer.special_id(name) for name in self.template.stop_tokens)
+        return tuple(dict.fromkeys([*ends, *(i for i in named if i is not None)]))
+
+    def _make_pool(self, size: int) -> SlotPool:
+        scaling = self.file.config.get("rope_scaling") or {}
+        dynamic = scaling.get("rope_type", scaling.get("type")) == "dynamic"
+        return SlotPool(self.engine, size, int(self.file.config["max_position_embeddings"]) if dynamic else None)
+
+    def _warn_long_context(self) -> None:
+        trained = trained_length(self.file.config)
+        if self.context > trained:
+            warnings.warn(
+                tr(
+                    f"the context of {self.context} is over the {trained} positions that the model was trained for: "
+                    "text beyond them will be poor",
+                    f"上下文长度 {self.context} 超过了模型训练时的 {trained}：超出部分的质量会很差",
+                ),
+                stacklevel=3,
+            )
+
+    def _check_length(self, count: int) -> None:
+        if count > self.context:
+            raise InputError(
+                tr(
+                    f"the prompt has {count} tokens and the context holds {self.context}: shorten it or raise the "
+                    "context (--ctx)",
+                    f"提示有 {count} 个词元，而上下文只能容纳 {self.context} 个：请缩短提示或加大上下文（--ctx）",
+                )
+            )
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        tokens = [int(i) for i in ids]
+        bad = next((i for i in tokens if not 0 <= i < self.vocab_size), None)
+        if bad is not None:
+            raise InputError(f"token id {bad} is outside the vocabulary, 0 to {self.vocab_size - 1}")
+        return tokens
+
+    def _open_scheduler(self) -> Scheduler:
+        if self._scheduler is None:
+            raise CnllamaError("this LLM was closed: open the file again")
+        return self._scheduler
+
+
+def _is_messages(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """What the native code refuses in the middle of a run, as a CnllamaError that names the file."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise CnllamaError(f"{path}: {error}; check the file with: cnllama verify {path}") from error

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request on its way: its tokens, its text so far, and when it ends."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cnllama._core import Sampler
+from cnllama.sampling import SamplingParams
+from cnllama.tokenizer import StreamDecoder
+
+if TYPE_CHECKING:
+    from cnllama._core import FloatArray
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log of softmax(logits) for the chosen token, and for the most likely ones as (id, log probability)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request; cached_tokens of the prompt were still in the cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: prefill until the first token was chosen, decode from then to the end, which took `steps` steps."""
+
+    prefill: float
+    decode: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt.
+
+    token_ids: the generated tokens without the end token; those of a stop string are among them, though `text` is cut
+    before it. finish_reason: "stop" (an end token or a stop string) or "length" (max_tokens or a full context).
+    logprobs: one for each of token_ids, None unless asked for. seed: what was used.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None
+    usage: Usage
+    timing: Timing
+    seed: int
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string, and holds back what may become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """(text that is safe to show, whether a stop string was found). Nothing comes after a stop string."""
+        text = self._held + text
+        found = min((at for at in map(text.find, self._stop) if at >= 0), default=-1)
+        if found >= 0:
+            self._held = ""
+            return text[:found], True
+        keep = max((self._overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back, when no stop string can come any more."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that begins `stop`."""
+        for length in range(min(len(stop) - 1, len(text)), 0, -1):
+            if text.endswith(stop[:length]):
+                return length
+        return 0
+
+
+class Request:
+    """A prompt and what has been generated for it.
+
+    `pending` are the tokens that the cache does not hold yet: first the prompt, later the token chosen last. Whoever
+    runs them calls `advance` with the logits of the last one.
+
+    prompt: ids, at least one. limit: tokens that may be generated. ends: ids that end the text. banned: ids that can
+    never be chosen. stop: strings that end it. progress: called with (prompt tokens done, all of them).
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        decoder: StreamDecoder,
+        *,
+        limit: int,
+        ends: frozenset[int],
+        banned: Sequence[int],
+        stop: Sequence[str],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.prompt = list(prompt)
+        self.params = params
+        self.pending = self.prompt
+        self.cached_tokens = 0
+        self.output: list[int] = []
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.progress = progress
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._limit = limit
+        self._ends = ends
+        self._banned = list(banned)
+        self._banned_early = sorted({*banned, *ends})
+        self._decoder = decoder
+        self._matcher = StopMatcher(stop)
+        self._text: list[str] = []
+        self._taken = 0
+        self._logprobs: list[TokenLogprob] = []
+        self._begin = self._first = self._end = time.perf_counter()
+        self._steps = 0
+        self._sampler = Sampler(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repeat_penalty=params.repeat_penalty,
+            repeat_last_n=params.repeat_last_n,
+            seed=self.seed,
+        )
+        self._sampler.accept(self.prompt)
+        if limit <= 0:
+            self._finish("length")
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finish_reason is not None or self.error is not None
+
+    def cancel(self) -> None:
+        """Ends it where it is. The scheduler drops it before its next step."""
+        if not self.finished:
+            self.finish_reason = "length"
+
+    def start(self, cached_tokens: int) -> None:
+        """The first `cached_tokens` of the prompt are in the cache already."""
+        self.cached_tokens = cached_tokens
+        self.pending = self.prompt[cached_tokens:]
+        self._begin = self._first = self._end = time.perf_counter()
+
+    def advance(self, logits: FloatArray) -> None:
+        """Chooses the next token. logits float32 [vocab_size], of the last pending token."""
+        early = len(self.output) < self.params.min_tokens
+        banned = self._banned_early if early else self._banned
+        token, logprob, top = self._sampler.sample(logits, banned, self.params.logprobs or 0)
+        self._end = time.perf_counter()
+        self._steps += 1
+        if self._steps == 1:
+            self._first = self._end
+        if token in self._ends:
+            self._finish("stop")
+            return
+        self.output.append(token)
+        self.pending = [token]
+        if self.params.logprobs is not None:
+            self._logprobs.append(TokenLogprob(token, logprob, tuple(top)))
+        text = self._decoder.feed(token)
+        stopped = False
+        if len(self.output) > self.params.min_tokens:
+            text, stopped = self._matcher.feed(text)
+        if text:
+            self._text.append(text)
+        if stopped:
+            self._finish("stop")
+        elif len(self.output) >= self._limit:
+            self._finish("length")
+
+    def take(self) -> str:
+        """The text that has come since the last call."""
+        new = "".join(self._text[self._taken :])
+        self._taken = len(self._text)
+        return new
+
+    def completion(self) -> Completion:
+        """The result so far; the whole one when finished. A request that was cancelled is cut ("length")."""
+        return Completion(
+            text="".join(self._text),
+            token_ids=list(self.output),
+            finish_reason=self.finish_reason or "length",
+            logprobs=list(self._logprobs) if self.params.logprobs is not None else None,
+            usage=Usage(len(self.prompt), len(self.output), self.cached_tokens),
+            timing=Timing(self._first - self._begin, self._end - self._first, max(0, self._steps - 1)),
+            seed=self.seed,
+        )
+
+    def _finish(self, reason: str) -> None:
+        held = self._decoder.finish() + self._matcher.flush()
+        if held:
+            self._text.append(held)
+        self.finish_reason = reason

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to generate: the parameters of a request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from cnllama.errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. The defaults are greedy and neutral.
+
+    The steps, in this order: end tokens are kept out until `min_tokens`; repetition penalty over the last
+    `repeat_last_n` tokens of prompt and answer (-1: all); at temperature 0 the most likely token; otherwise top_k
+    (0: all), top_p, min_p, temperature, draw. seed None: a random one, reported in the result. max_tokens None: until
+    the context is full. stop: strings that end the text, which is cut before them. stop_token_ids: ids that end it
+    besides the model's end tokens. ignore_eos: the model's end tokens end nothing. logprobs: None, or how many of the
+    most likely tokens to report besides the chosen one. Raises InputError for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+    max_tokens: int | None = 512
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _tuple("stop", stop, str))
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, int))
+        _number(self, "temperature", low=0)
+        _number(self, "top_p", above=0, high=1)
+        _number(self, "min_p", low=0, high=1)
+        _number(self, "repeat_penalty", above=0)
+        _integer(self, "top_k", low=0)
+        _integer(self, "repeat_last_n", low=-1)
+        _integer(self, "min_tokens", low=0)
+        for name, high in (("seed", 2**64 - 1), ("max_tokens", None), ("logprobs", 1000)):
+            if getattr(self, name) is not None:
+                _integer(self, name, low=0, high=high)
+        if any(not text for text in self.stop):
+            raise InputError("a stop string is empty: leave it out")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InputError(f"min_tokens is {self.min_tokens}, over max_tokens, {self.max_tokens}")
+
+    def with_changes(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed. Raises InputError for a name that is not a field."""
+        unknown = sorted(set(changes) - {f.name for f in fields(self)})
+        if unknown:
+            known = ", ".join(f.name for f in fields(self))
+            raise InputError(f"there is no sampling parameter {unknown[0]!r}: choose from {known}")
+        return replace(self, **changes)
+
+
+def _tuple(name: str, values: Iterable[Any], kind: type) -> tuple[Any, ...]:
+    try:
+        items = tuple(values)
+    except TypeError:
+        items = (values,)
+    for item in items:
+        if not isinstance(item, kind) or isinstance(item, bool):
+            raise InputError(f"{name} holds {item!r}, expected {'text' if kind is str else 'token ids'}")
+    return items
+
+
+def _number(
+    params: SamplingParams,
+    name: str,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> None:
+    value = getattr(params, name)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    good = good and (low is None or value >= low) and (above is None or value > above)
+    good = good and (high is None or value <= high)
+    if not good:
+        ranges = [f"at least {low:g}" if low is not None else f"over {above:g}" if above is not None else ""]
+        ranges += [f"at most {high:g}"] if high is not None else []
+        raise InputError(f"{name} is {value!r}, expected a number {' and '.join(r for r in ranges if r)}")
+
+
+def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:
+    value = getattr(params, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        limit = f" and at most {high}" if high is not None else ""
+        raise InputError(f"{name} is {value!r}, expected an integer, at least {low}{limit}")

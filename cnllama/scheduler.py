@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens run in the next step: continuous batching and chunked prefill, over caches that outlive a request."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cnllama.request import Request
+
+if TYPE_CHECKING:
+    from cnllama._core import Engine, FloatArray
+
+
+@dataclass(eq=False)
+class Slot:
+    """A sequence of the engine. Its cache holds at least `tokens`: they are noted after a step, never before."""
+
+    sequence: int
+    rope_length: int
+    tokens: list[int] = field(default_factory=list)
+
+
+class SlotPool:
+    """At most `size` sequences. A finished request leaves its cache behind, and the next one that begins with the same
+    tokens continues there: a conversation never runs its past again.
+
+    unscaled_length: with dynamic scaling of positions, the length up to which all sequences have the same frequencies;
+    None when the scaling does not depend on the length.
+    """
+
+    def __init__(self, engine: Engine, size: int, unscaled_length: int | None = None) -> None:
+        self._engine = engine
+        self._size = size
+        self._unscaled = unscaled_length
+        self._slots: list[Slot] = []  # least recently used first
+
+    def acquire(self, prompt: Sequence[int], length: int, busy: Collection[Slot]) -> Slot | None:
+        """A slot that holds a beginning of `prompt`, at most all but the last token, whose logits are wanted.
+
+        length: the positions it is planned to reach. None when all are busy.
+        """
+        rope_length = 0 if self._unscaled is None else max(length, self._unscaled)
+        free = [slot for slot in self._slots if slot not in busy]
+        shared = [_shared(slot.tokens, prompt) if slot.rope_length == rope_length else 0 for slot in free]
+        # Half of a cache or more must be of use: a header that all prompts share is no reason to forget a conversation.
+        useful = [i for i, slot in enumerate(free) if shared[i] and 2 * shared[i] >= len(slot.tokens)]
+        if not useful and len(self._slots) < self._size:
+            self._slots.append(Slot(self._engine.open(rope_length), rope_length))
+            return self._slots[-1]
+        if not free:
+            return None
+        best = max(useful, key=shared.__getitem__, default=0)
+        slot, keep = free[best], shared[best]
+        del slot.tokens[keep:]
+        if slot.rope_length == rope_length:
+            self._engine.trim(slot.sequence, keep)
+        else:
+            self._engine.close(slot.sequence)
+            slot.sequence, slot.rope_length = self._engine.open(rope_length), rope_length
+        self._slots.sort(key=lambda other: other is slot)
+        return slot
+
+
+def _shared(tokens: Sequence[int], prompt: Sequence[int]) -> int:
+    count = min(len(tokens), len(prompt) - 1)
+    return next((i for i in range(count) if tokens[i] != prompt[i]), max(count, 0))
+
+
+class Scheduler:
+    """Runs requests, several in one step. Every method may be called from any thread."""
+
+    def __init__(self, engine: Engine, pool: SlotPool) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._waiting: deque[tuple[Request, int]] = deque()
+        self._running: dict[Request, Slot] = {}
+        self._lock = threading.RLock()
+
+    def add(self, request: Request, length: int) -> None:
+        """Queues a request that is planned to reach `length` positions."""
+        with self._lock:
+            self._waiting.append((request, length))
+
+    def step(self) -> None:
+        """Admits, runs and advances. After an exception no request is left, and the caches are sound."""
+        with self._lock:
+            try:
+                self._admit()
+                batch = self._next_batch()
+                if batch:
+                    logits = self._engine.step(
+                        [(slot.sequence, np.asarray(ids, np.int32), False) for _, slot, ids in batch]
+                    )
+                    self._advance(batch, logits)
+            except BaseException as error:
+                self.abort(error)
+                raise
+
+    def abort(self, error: BaseException) -> None:
+        """Ends every request with `error`; their caches stay for the next ones."""
+        with self._lock:
+            for request in [*self._running, *(request for request, _ in self._waiting)]:
+                request.error = request.error or error
+            self._running.clear()
+            self._waiting.clear()
+
+    def all_logits(self, ids: Sequence[int], out: FloatArray) -> None:
+        """Fills out float32 [len(ids), vocab_size] with the logits of every position.
+
+        Running requests are advanced until a slot is free.
+        """
+        with self._lock:
+            while (slot := self._pool.acquire([], len(ids), self._running.values())) is None:
+                self.step()
+            size = self._engine.max_step_tokens
+            for begin in range(0, len(ids), size):
+                chunk = np.asarray(ids[begin : begin + size], np.int32)
+                out[begin : begin + len(chunk)] = self._engine.step([(slot.sequence, chunk, True)])
+                slot.tokens.extend(chunk.tolist())
+
+    def _admit(self) -> None:
+        for request in [r for r in self._running if r.finished]:
+            del self._running[request]
+        while self._waiting:
+            request, length = self._waiting[0]
+            if not request.finished and request not in self._running:
+                slot = self._pool.acquire(request.prompt, length, self._running.values())
+                if slot is None:
+                    return
+                request.start(len(slot.tokens))
+                self._running[request] = slot
+            self._waiting.popleft()
+
+    def _next_batch(self) -> list[tuple[Request, Slot, list[int]]]:
+        """Requests that decode come first, so that a long prompt delays nobody; prompts share what is left."""
+        room = self._engine.max_step_tokens
+        batch = []
+        for request in sorted(self._running, key=lambda r: len(r.pending) > 1):
+            slot = self._running[request]
+            ids = request.pending[:room]
+            room -= len(ids)
+            if ids:
+                batch.append((request, slot, ids))
+        return batch
+
+    def _advance(self, batch: list[tuple[Request, Slot, list[int]]], logits: FloatArray) -> None:
+        for row, (request, slot, ids) in enumerate(batch):
+            slot.tokens.extend(ids)
+            request.pending = request.pending[len(ids) :]
+            if request.progress is not None and not request.output:
+                request.progress(len(request.prompt) - len(request.pending), len(request.prompt))
+            if not request.pending:
+                request.advance(logits[row])
+            if request.finished:
+                del self._running[request]

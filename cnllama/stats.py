@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast an answer came, and how close to the limit of the memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cnllama.config import EMBEDDING, LM_HEAD
+from cnllama.textio import count_chinese, tr
+
+if TYPE_CHECKING:
+    from cnllama.llm import LLM
+    from cnllama.request import Completion
+
+
+def bytes_per_step(llm: LLM) -> int:
+    """Bytes of weights that one decoding step reads: all but the embedding, of which it takes one row."""
+    tensors = llm.file.engine_tensors()
+    skipped = {EMBEDDING} if LM_HEAD in tensors else set()
+    return sum(entry[0].nbytes for name, entry in tensors.items() if name not in skipped)
+
+
+def measure(llm: LLM, completion: Completion) -> dict[str, Any]:
+    """Figures of one request, seconds and rates by name; a rate whose time is zero is None.
+
+    bandwidth_bytes_per_s is measured here, with the engine's threads, and takes some tenths of a second.
+    """
+    from cnllama import _core
+
+    usage, timing = completion.usage, completion.timing
+    rate = timing.steps / timing.decode if timing.decode > 0 else None
+    bandwidth = _core.read_bandwidth(llm.threads)
+    read = bytes_per_step(llm) + llm.plan.kv_per_token * (usage.prompt_tokens + usage.completion_tokens // 2)
+    return {
+        "load_s": llm.load_seconds,
+        "prefill_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "prefill_s": timing.prefill,
+        "prefill_tokens_per_s": _ratio(usage.prompt_tokens - usage.cached_tokens, timing.prefill),
+        "decode_tokens": timing.steps,
+        "decode_s": timing.decode,
+        "decode_tokens_per_s": rate,
+        "chinese_chars": count_chinese(completion.text),
+        "chinese_chars_per_s": _ratio(count_chinese(completion.text), timing.decode),
+        "bytes_per_step": read,
+        "bandwidth_bytes_per_s": bandwidth,
+        "bandwidth_share": read * rate / bandwidth if rate else None,
+        "threads": llm.threads,
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures in lines for people."""
+    f = figures
+    lines = [
+        (tr("load", "加载"), f"{f['load_s']:.2f} s"),
+        (tr("prefill", "预填充"), _speed(f["prefill_tokens"], f["prefill_s"], f["prefill_tokens_per_s"])),
+        (tr("decode", "解码"), _speed(f["decode_tokens"], f["decode_s"], f["decode_tokens_per_s"])),
+    ]
+    if f["chinese_chars_per_s"] and f["chinese_chars"]:
+        lines.append(
+            (tr("Chinese", "中文"), f"{f['chinese_chars']} · {f['chinese_chars_per_s']:.1f} " + tr("chars/s", "字/秒"))
+        )
+    if f["bandwidth_share"]:
+        share = (
+            f"{f['bandwidth_share']:.0%}"
+            if f["bandwidth_share"] <= 1
+            else tr("over 100%, from the cache", "超过 100%，来自缓存")
+        )
+        read = f["bytes_per_step"] * f["decode_tokens_per_s"] / 1e9
+        limit = f["bandwidth_bytes_per_s"] / 1e9
+        text = tr(
+            f"{read:.1f} GB/s of {limit:.1f} GB/s measured with {f['threads']} threads: {share}",
+            f"{read:.1f} GB/s，{f['threads']} 线程实测上限 {limit:.1f} GB/s：{share}",
+        )
+        lines.append((tr("memory", "内存带宽"), text))
+    return "\n".join(f"{name}: {text}" for name, text in lines)
+
+
+def _speed(tokens: int, seconds: float, rate: float | None) -> str:
+    speed = f" · {rate:.1f} tok/s" if rate else ""
+    return f"{tokens} " + tr("tokens", "词元") + f" · {seconds:.2f} s{speed}"
+
+
+def _ratio(count: float, seconds: float) -> float | None:
+    return count / seconds if seconds > 0 else None

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every vocabulary size of a conversion, before any weight is read: which file is wrong, and in which order it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+from typing import NoReturn
+
+from cnllama.config import EMBEDDING, LM_HEAD
+from cnllama.errors import InputError
+
+from .adapters import Adapter
+from .checkpoint import Checkpoint
+from .tokenizers import TokenizerFiles, first_difference, read_tokenizer
+
+_MAX_REORDERED = 5
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the checks decided: the tokenizer that goes into the file, the rows, and what the user should know."""
+
+    tokenizer: TokenizerFiles
+    rows: int
+    table: str
+    warnings: list[str] = field(default_factory=list)
+
+
+class _MismatchError(Exception):
+    """The sizes do not fit in this order; carries the sentence."""
+
+
+def check_vocabulary(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], tied: bool, override: Path | None = None
+) -> Vocabulary:
+    """Follows the vocabulary through base and adapters.
+
+    tied: whether the base has one tensor for embed_tokens and lm_head. override: the directory given with --tokenizer.
+
+    Raises InputError with one sentence, that names the wrong file, and the table of all sizes.
+    """
+    sizes = _sizes(checkpoint, adapters, override)
+    table = _format(sizes)
+    try:
+        rows = _follow(checkpoint, adapters, tied)
+        tokenizer, left_out = _tokenizer_after(checkpoint, adapters, override, rows)
+    except _MismatchError as error:
+        better = _better_order(checkpoint, adapters, tied, override)
+        hint = f"; the right order is {' '.join(f'--lora {a.directory}' for a in better)}" if better else ""
+        raise InputError(f"{error}{hint}\n{table}") from None
+    warnings = [
+        f"{tokenizer.file.parent}: the special token {text!r} has no id and the model no row for it: ignored"
+        for text in left_out
+    ]
+    claimed, base = checkpoint.config.get("vocab_size"), checkpoint.tensors[EMBEDDING].shape[0]
+    if claimed is not None and claimed != base:
+        warnings.append(
+            f"{checkpoint.directory / 'config.json'}: says vocab_size {claimed} but embed_tokens has {base} rows; "
+            "the rows count"
+        )
+    return Vocabulary(tokenizer, rows, table, warnings)
+
+
+def _follow(checkpoint: Checkpoint, adapters: Sequence[Adapter], tied: bool) -> int:
+    """Rows after all adapters."""
+    base = {name: checkpoint.tensors[name].shape[0] for name in (EMBEDDING, LM_HEAD) if name in checkpoint.tensors}
+    rows = base[EMBEDDING]
+    if not tied and base[LM_HEAD] != rows:
+        raise _MismatchError(_odd_one(checkpoint, base))
+    for adapter in adapters:
+        saved = adapter.vocabulary_rows()
+        if len(set(saved.values())) > 1:
+            raise _MismatchError(
+                f"{adapter.file}: embed_tokens has {saved[EMBEDDING]} rows and lm_head {saved[LM_HEAD]}, expected "
+                "equal numbers; the adapter is damaged, save it again"
+            )
+        after = next(iter(saved.values()), rows)
+        if after < rows:
+            raise _MismatchError(
+                f"{adapter.directory}: its vocabulary has {after} rows, but what it follows has {rows} already; the "
+                "adapters are in the wrong order, or it was trained on another base"
+            )
+        if after > rows and len(saved) == 1 and not (tied and EMBEDDING in saved):
+            name, other = (EMBEDDING, LM_HEAD) if EMBEDDING in saved else (LM_HEAD, EMBEDDING)
+            raise _MismatchError(
+                f"{adapter.file}: saves {after} rows of {name} and none of {other}, which has {rows}; the new rows are "
+                "missing, save both with modules_to_save"
+            )
+        for name in (EMBEDDING, LM_HEAD):
+            pair = adapter.pairs.get(name)
+            if pair is not None and pair.shape[0] != after:
+                raise _MismatchError(
+                    f"{adapter.file}: its LoRA of {name} is for {pair.shape[0]} rows, but what it follows has {after}; "
+                    "an adapter that must come before it is missing, or it was trained on another base"
+                )
+        rows, tied = after, tied and LM_HEAD not in saved
+    return rows
+
+
+def _tokenizer_after(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None, rows: int
+) -> tuple[TokenizerFiles, list[str]]:
+    base = read_tokenizer(checkpoint.directory, None)
+    if override is not None:
+        chosen = read_tokenizer(override, None)
+        if chosen is None:
+            raise InputError(f"{override}: there is no tokenizer.model, expected a directory with one")
+        return _fit(chosen, rows, checkpoint)
+    tokenizer, current = base, checkpoint.tensors[EMBEDDING].shape[0]
+    for adapter in adapters:
+        current = next(iter(adapter.vocabulary_rows().values()), current)
+        after = read_tokenizer(adapter.directory, tokenizer)
+        if after is tokenizer or after is None:
+            continue
+        if tokenizer is not None and after.model != tokenizer.model:
+            _check_extends(tokenizer, after)
+        if after != tokenizer:
+            _fit(after, current, checkpoint)
+        tokenizer = after
+    if tokenizer is None:
+        _refuse_without_model(checkpoint, adapters)
+    return _fit(tokenizer, rows, checkpoint)
+
+
+def _check_extends(before: TokenizerFiles, after: TokenizerFiles) -> None:
+    difference = first_difference(before, after)
+    if difference is not None:
+        raise _MismatchError(
+            f"{after.file}: piece {difference} is {after.processor.id_to_piece(difference)!r} but "
+            f"{before.processor.id_to_piece(difference)!r} in {before.file}: this is the tokenizer of another model; "
+            "give the right one with --tokenizer DIR"
+        )
+
+
+def _fit(tokenizer: TokenizerFiles, rows: int, checkpoint: Checkpoint) -> tuple[TokenizerFiles, list[str]]:
+    placed, left_out = tokenizer.place(rows)
+    added = f" ({placed.pieces} pieces and {placed.size - placed.pieces} added)" if placed.size > placed.pieces else ""
+    if placed.size > rows:
+        raise _MismatchError(
+            f"{tokenizer.file}: the tokenizer has {placed.size} tokens{added} but the model has {rows} rows: the new "
+            "rows are missing; give the adapter that carries them with --lora, or the model's own tokenizer"
+        )
+    if placed.size < rows:
+        raise _MismatchError(
+            f"{tokenizer.file}: the tokenizer has {placed.size} tokens{added} but the model has {rows} rows: it is the "
+            "tokenizer of another model; give the right one with --tokenizer DIR"
+        )
+    return placed, left_out
+
+
+def _refuse_without_model(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> NoReturn:
+    for directory in [*(a.directory for a in reversed(adapters)), checkpoint.directory]:
+        if (directory / "tokenizer.json").exists():
+            raise InputError(
+                f"{directory}: there is only a tokenizer.json; expected the SentencePiece file tokenizer.model, give "
+                "its directory with --tokenizer DIR"
+            )
+    raise InputError(f"{checkpoint.directory}: there is no tokenizer.model; give its directory with --tokenizer DIR")
+
+
+def _odd_one(checkpoint: Checkpoint, base: Mapping[str, int]) -> str:
+    """Which of embed_tokens and lm_head disagrees with what else is known."""
+    embed, head = base[EMBEDDING], base[LM_HEAD]
+    tokenizer = read_tokenizer(checkpoint.directory, None)
+    votes = [checkpoint.config.get("vocab_size"), tokenizer.size if tokenizer else None]
+    wrong, right, expected = LM_HEAD, EMBEDDING, embed
+    if votes.count(head) > votes.count(embed):
+        wrong, right, expected = EMBEDDING, LM_HEAD, head
+    return (
+        f"{checkpoint.tensors[wrong].file}: {wrong} has {base[wrong]} rows, expected the {expected} of {right}; the "
+        "checkpoint was merged or resized wrongly, make it again"
+    )
+
+
+def _better_order(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], tied: bool, override: Path | None
+) -> Sequence[Adapter]:
+    """The one order of the same adapters that fits, if there is exactly one."""
+    if not 2 <= len(adapters) <= _MAX_REORDERED:
+        return ()
+    fitting = []
+    for order in permutations(adapters):
+        try:
+            rows = _follow(checkpoint, order, tied)
+            _tokenizer_after(checkpoint, order, override, rows)
+        except (_MismatchError, InputError):
+            continue
+        fitting.append(order)
+    return fitting[0] if len(fitting) == 1 else ()
+
+
+def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None) -> list[tuple[str, str, object]]:
+    """(directory, what, size) of every vocabulary size that any file states."""
+    found: list[tuple[str, str, object]] = []
+    claimed = checkpoint.config.get("vocab_size")
+    found.append((str(checkpoint.directory), "config.json vocab_size", "none" if claimed is None else claimed))
+    tokenizer = read_tokenizer(checkpoint.directory, None)
+    found.append((str(checkpoint.directory), "tokenizer", tokenizer.size if tokenizer else "none"))
+    for name in (EMBEDDING, LM_HEAD):
+        tensor = checkpoint.tensors.get(name)
+        found.append((str(checkpoint.directory), name, tensor.shape[0] if tensor else "tied"))
+    for adapter in adapters:
+        tokenizer = read_tokenizer(adapter.directory, tokenizer)
+        own = (adapter.directory / "tokenizer.model").exists()
+        found.append((str(adapter.directory), "tokenizer", tokenizer.size if own and tokenizer else "none"))
+        for name in (EMBEDDING, LM_HEAD):
+            if name in adapter.saved:
+                found.append((str(adapter.directory), name, adapter.saved[name].shape[0]))
+            elif name in adapter.pairs:
+                found.append((str(adapter.directory), f"{name} (LoRA)", adapter.pairs[name].shape[0]))
+    if override is not None:
+        given = read_tokenizer(override, None)
+        found.append((str(override), "tokenizer", given.size if given else "none"))
+    return found
+
+
+def _format(sizes: Sequence[tuple[str, str, object]]) -> str:
+    width = max(len(what) for _, what, _ in sizes)
+    lines = ["vocabulary sizes found:"]
+    last = ""
+    for directory, what, size in sizes:
+        if directory != last:
+            lines.append(f"  {directory}")
+            last = directory
+        lines.append(f"    {what:<{width}}  {size}")
+    return "\n".join(lines)
