@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matmul kernels over the shapes of named models, as percentages of what this machine can do.
+
+    python bench/ops.py                          # 7B, all shapes, decode and prefill
+    python bench/ops.py --models 7b,13b,8b --tokens 1,4,128,512 --scheme q4-s64 --threads 1
+
+Few tokens are bound by memory: the weights' bytes a second, against a loop that only reads them, run in turn with the
+kernel on other copies of the matrix. Many tokens are bound by arithmetic: multiply-adds a clock cycle and thread, against
+the instruction set's own int8 multiply-add in registers, also run in turn. All figures are medians of the rounds, the
+percentages medians of the ratios within a round, because the neighbours of a virtual machine change by the minute.
+Every result that is timed is compared bit for bit with the scalar kernel first.
+"""
+
+import argparse
+import statistics
+import sys
+
+import numpy as np
+
+from cnllama import _core
+
+# (rows, cols) of what one op multiplies; lm_head has the vocabulary of Chinese-Alpaca and 8 bits.
+MODELS = {
+    "7b": {"qkv": (12288, 4096), "o": (4096, 4096), "gate+up": (22016, 4096), "down": (4096, 11008)},
+    "13b": {"qkv": (15360, 5120), "o": (5120, 5120), "gate+up": (27648, 5120), "down": (5120, 13824)},
+    "8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate+up": (28672, 4096), "down": (4096, 14336)},
+}
+HEADS = {"7b": (49954, 4096), "13b": (49954, 5120), "8b": (128256, 4096)}
+COLD_BYTES = 160 << 20  # copies of a matrix that together miss every cache
+MEMORY_BOUND = 16  # tokens up to which the read loop is the limit
+
+
+def check(bench, scheme, rows, cols, x, out):
+    """The first 64 rows of `out` (copy 0) equal the scalar kernel's bits."""
+    some = min(64, rows)
+    packed = bench.packed(0)[: _core.packed_bytes(scheme, some, cols)]
+    expected = _core.ops.matmul(x, [(packed, scheme, some, None)], isa="scalar", threads=2)[0]
+    if not np.array_equal(out[:, :some].view(np.uint32), expected.view(np.uint32)):
+        sys.exit(f"wrong result: {scheme} {rows} x {cols}, {len(x)} tokens")
+
+
+def measure(scheme, rows, cols, tokens, threads, rounds):
+    """(seconds, limit's seconds) of each round, both for one matmul of `tokens` tokens."""
+    size = _core.packed_bytes(scheme, rows, cols)
+    copies = max(2, -(-COLD_BYTES // size)) if min(tokens) <= MEMORY_BOUND else 1
+    bench = _core.ops.MatmulBench(scheme, rows, cols, copies, threads)
+    rng = np.random.default_rng(0)
+    for m in tokens:
+        x = rng.standard_normal((m, cols)).astype(np.float32)
+        out = np.empty((m, rows), np.float32)
+        bench.run(x, 0, out)
+        check(bench, scheme, rows, cols, x, out)
+        pairs = []
+        for i in range(rounds):
+            if m <= MEMORY_BOUND:
+                limit = bench.read(i % copies)
+                pairs.append((bench.run(x, (i + copies // 2) % copies, out), limit))
+            else:
+                peak = _core.ops.int8_peak(threads, 0.02)
+                pairs.append((bench.run(x, i % copies, out), m * rows * cols / peak))
+        yield m, size, pairs
+
+
+def report(label, scheme, rows, cols, m, size, pairs, hertz, threads):
+    """One line of the table."""
+    seconds = statistics.median(s for s, _ in pairs)
+    share = statistics.median(limit / s for s, limit in pairs)
+    low, high = min(limit / s for s, limit in pairs), max(limit / s for s, limit in pairs)
+    rate = size / seconds / 1e9 if m <= MEMORY_BOUND else m * rows * cols / seconds / hertz / threads
+    unit = "GB/s" if m <= MEMORY_BOUND else "MAC/cycle"
+    print(
+        f"| {label} | {scheme} | {rows} x {cols} | {m} | {rate:.1f} {unit} | {share:.0%} | {low:.0%} - {high:.0%} |",
+        flush=True,
+    )
+
+
+def main():
+    """Parses the command line and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="7b", help=f"comma-separated, of {', '.join(MODELS)}")
+    parser.add_argument("--shapes", default="", help="comma-separated, of qkv, o, gate+up, down, lm_head; default: all")
+    parser.add_argument("--tokens", default="1,2,4,8,128,512", help="comma-separated numbers of tokens")
+    parser.add_argument("--scheme", default="q4-a64", help=f"of {', '.join(_core.schemes())}")
+    parser.add_argument("--isa", default="", help=f"of {', '.join(_core.isas())}; default: the best")
+    parser.add_argument("--threads", type=int, default=0, help="default: as the engine chooses")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    if args.isa:
+        _core.use_isa(args.isa)
+    threads = args.threads or _core.cpu_info()["default_threads"]
+    tokens = [int(t) for t in args.tokens.split(",")]
+    hertz = _core.ops.clock_hz()
+    peak = _core.ops.int8_peak(threads, 0.2)
+    print(f"{_core.cpu_info()['model']}, {_core.isa()}, {threads} threads, clock {hertz / 1e9:.2f} GHz, int8 peak "
+          f"{peak / hertz / threads:.0f} MAC/cycle/thread ({peak / 1e9:.0f} G/s in all)\n")  # fmt: skip
+    print("| matrix | scheme | rows x cols | tokens | rate | of limit | spread |\n|---|---|---|---|---|---|---|")
+    for model in args.models.split(","):
+        shapes = {**MODELS[model], "lm_head": HEADS[model]}
+        for name in args.shapes.split(",") if args.shapes else shapes:
+            rows, cols = shapes[name]
+            scheme = "q8-s64" if name == "lm_head" else args.scheme
+            for m, size, pairs in measure(scheme, rows, cols, tokens, threads, args.rounds):
+                report(f"{model} {name}", scheme, rows, cols, m, size, pairs, hertz, threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests: the shared data folder, small models, and what the header prints."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import models  # noqa: E402
+
+
+def pytest_report_header() -> list[str]:
+    """CPU, instruction sets and the versions that decide results."""
+    from cnllama import _core
+
+    info = _core.cpu_info()
+    versions = []
+    for name in ("cnllama", "numpy", "sentencepiece", "safetensors", "torch", "transformers", "peft"):
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} absent")
+    return [
+        f"cpu: {info['model']}, kernels {info['isa']} of {', '.join(info['isas'])}, {info['default_threads']} threads",
+        "versions: " + ", ".join(versions),
+    ]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the real tokenizers and texts; not part of the repository."""
+    given = os.environ.get("CNLLAMA_SHARED")
+    folder = Path(given) if given else ROOT.parent / "shared"
+    data = folder / "data"
+    if not (data / "tokenizers").is_dir():
+        pytest.skip(f"no shared data: {data} has no tokenizers (set CNLLAMA_SHARED)")
+    return data
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model() -> bytes:
+    """A SentencePiece model of about 900 pieces with byte fallback, trained on the bundled text."""
+    return models.train_tokenizer(models.sample_lines(), 900)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Path:
+    """A Hugging Face checkpoint: hidden 96, 3 layers, 3 heads over one kv head, random weights."""
+    return models.make_llama(tmp_path_factory.mktemp("tiny_llama"), tokenizer_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_cnl(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """`tiny_llama` converted with the defaults. Read-only: tests that change it copy it."""
+    return models.convert(tiny_llama, tmp_path_factory.mktemp("tiny_cnl") / "tiny.cnl")
+
+
+@pytest.fixture
+def best_isa() -> object:
+    """Restores the kernels that were in use after a test that switches them."""
+    from cnllama import _core
+
+    before = _core.isa()
+    yield before
+    _core.use_isa(before)
