@@ -25,9 +25,7 @@ namespace {
 
 using namespace cnl;
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 /// The core's clock from a chain of dependent additions, one a cycle: in a virtual machine no counter tells it.
 double clock_hz() {
@@ -38,9 +36,10 @@ double clock_hz() {
         const double start = now();
         for (std::int64_t i = 0; i < kAdds; i += 8) {
 #if defined(__x86_64__)
-            asm volatile("add $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\t"
-                         "add $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\tadd $1, %0"
-                         : "+r"(x));
+            asm volatile(
+                "add $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\t"
+                "add $1, %0\n\tadd $1, %0\n\tadd $1, %0\n\tadd $1, %0"
+                : "+r"(x));
 #else
             for (int j = 0; j < 8; ++j) asm volatile("" : "+r"(x) : "0"(x + 1));
 #endif
@@ -65,7 +64,7 @@ double int8_peak(int threads, double seconds) {
 
 /// Random packed matrices [rows, cols] of one scheme, more than the caches hold, and what one op over them costs.
 class MatmulBench {
-   public:
+ public:
     MatmulBench(const std::string& scheme, std::int64_t rows, std::int64_t cols, std::int64_t copies, int threads)
         : pool_(threads), rows_(rows), cols_(cols) {
         const layout::Scheme* found = layout::find_scheme(scheme);
@@ -87,12 +86,14 @@ class MatmulBench {
     /// Seconds that one matmul over copy `index` takes, x [m, cols] being quantized already; the result in `out`.
     double run(const py::array_t<float, py::array::c_style>& x, std::int64_t index,
                py::array_t<float, py::array::c_style>& out) {
-        if (x.ndim() != 2 || x.shape(1) != cols_ || out.ndim() != 2 || out.shape(0) != x.shape(0) || out.shape(1) != rows_)
+        if (x.ndim() != 2 || x.shape(1) != cols_ || out.ndim() != 2 || out.shape(0) != x.shape(0) ||
+            out.shape(1) != rows_)
             throw std::invalid_argument("x must be [m, cols] and out [m, rows]");
         const std::int64_t m = x.shape(0);
         if (!activations_ || activations_->data().max_tokens < m)
             activations_ = std::make_unique<ops::Activations>(m, cols_);
-        const ops::Projection projection{&weights_.at(static_cast<std::size_t>(index)), nullptr, out.mutable_data(), rows_};
+        const ops::Projection projection{&weights_.at(static_cast<std::size_t>(index)), nullptr, out.mutable_data(),
+                                         rows_};
         double start = 0;
         pool_.run([&](Team& team) {
             ops::quantize(team, x.data(), m, cols_, *activations_);
@@ -119,7 +120,7 @@ class MatmulBench {
         return now() - start;
     }
 
-   private:
+ private:
     /// xorshift bytes; scales and mins are small finite fp16.
     void fill(std::int64_t bytes) {
         std::uint64_t state = 0x9e3779b97f4a7c15u;
@@ -134,7 +135,8 @@ class MatmulBench {
             for (std::int64_t row = 0; row < layout::padded_rows(rows_); ++row)
                 for (std::int64_t col = 0; col < cols_; col += w.scheme->group) {
                     const layout::Position at = layout::locate(*w.scheme, cols_, row, col);
-                    const auto half = static_cast<std::uint16_t>(0x2000u + (static_cast<std::uint32_t>(row * 31 + col) & 0x3ffu));
+                    const auto half =
+                        static_cast<std::uint16_t>(0x2000u + (static_cast<std::uint32_t>(row * 31 + col) & 0x3ffu));
                     std::memcpy(copy->get() + at.scale, &half, 2);
                     if (w.scheme->asymmetric) std::memcpy(copy->get() + at.scale + at.min_offset, &half, 2);
                 }
@@ -178,8 +180,8 @@ void bind_bench(py::module_& module) {
     module.def("clock_hz", &clock_hz, py::call_guard<py::gil_scoped_release>());
     module.def("int8_peak", &int8_peak, py::arg("threads"), py::arg("seconds") = 0.05,
                py::call_guard<py::gil_scoped_release>());
-    module.def("pool_visits", &pool_visits, py::arg("threads"), py::arg("count"), py::arg("grain"), py::arg("loops") = 1,
-               py::arg("fail_at") = -1);
+    module.def("pool_visits", &pool_visits, py::arg("threads"), py::arg("count"), py::arg("grain"),
+               py::arg("loops") = 1, py::arg("fail_at") = -1);
     py::class_<MatmulBench>(module, "MatmulBench")
         .def(py::init<const std::string&, std::int64_t, std::int64_t, std::int64_t, int>(), py::arg("scheme"),
              py::arg("rows"), py::arg("cols"), py::arg("copies"), py::arg("threads"))

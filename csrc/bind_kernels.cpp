@@ -35,7 +35,7 @@ using PackedMatrix = std::tuple<Bytes, std::string, std::int64_t, std::optional<
 
 /// The instruction set of one call. These bindings keep the GIL, so no two calls are inside at once.
 class IsaScope {
-   public:
+ public:
     explicit IsaScope(const std::string& name) : before_(cpu::kernels().name) {
         if (!name.empty()) cpu::use_isa(name);
     }
@@ -43,7 +43,7 @@ class IsaScope {
     IsaScope(const IsaScope&) = delete;
     IsaScope& operator=(const IsaScope&) = delete;
 
-   private:
+ private:
     std::string before_;
 };
 
@@ -96,7 +96,8 @@ py::tuple unpack(const ops::Activations::Data& d) {
         const std::int64_t tile = tiles.of(i), begin = tiles.begin(tile), size = tiles.size(tile), slot = i - begin;
         for (std::int64_t k = 0; k < padded; ++k)
             values.mutable_at(i, k) = d.values.get()[begin * padded + (k / 32 * size + slot) * 32 + k % 32];
-        for (std::int64_t s = 0; s < spans; ++s) scales.mutable_at(i, s) = d.scales.get()[begin * spans + s * size + slot];
+        for (std::int64_t s = 0; s < spans; ++s)
+            scales.mutable_at(i, s) = d.scales.get()[begin * spans + s * size + slot];
         for (std::int64_t g = 0; g < padded / 32; ++g)
             sums32.mutable_at(i, g) = whole(d.sums32.get()[begin * padded / 32 + g * size + slot]);
         for (std::int64_t g = 0; g < padded / 64; ++g)
@@ -129,7 +130,8 @@ py::list matmul(const Floats& x, const std::vector<PackedMatrix>& matrices, cons
     for (std::size_t i = 0; i < weights.size(); ++i) {
         const Weight& w = weights[i]->weight;
         outputs.emplace_back(std::vector<py::ssize_t>{m, w.rows});
-        projections.push_back({&w, vector_of(std::get<3>(matrices[i]), w.rows, "bias"), outputs.back().mutable_data(), w.rows});
+        projections.push_back(
+            {&w, vector_of(std::get<3>(matrices[i]), w.rows, "bias"), outputs.back().mutable_data(), w.rows});
     }
     ops::Activations a(m, cols);
     ThreadPool(threads).run([&, rows = m, columns = cols](Team& team) {
@@ -141,13 +143,14 @@ py::list matmul(const Floats& x, const std::vector<PackedMatrix>& matrices, cons
     return result;
 }
 
-py::array_t<float> matmul_add(const Floats& x, const PackedMatrix& matrix, const Floats& residual, const std::string& isa,
-                              int threads) {
+py::array_t<float> matmul_add(const Floats& x, const PackedMatrix& matrix, const Floats& residual,
+                              const std::string& isa, int threads) {
     const auto [m, cols] = matrix_shape(x, "x");
     const IsaScope scope(isa);
     const auto weights = align_all({matrix}, cols);
     const Weight& w = weights[0]->weight;
-    require(residual.ndim() == 2 && residual.shape(0) == m && residual.shape(1) == w.rows, "residual must be [m, rows]");
+    require(residual.ndim() == 2 && residual.shape(0) == m && residual.shape(1) == w.rows,
+            "residual must be [m, rows]");
     py::array_t<float> out({m, w.rows});
     std::memcpy(out.mutable_data(), residual.data(), static_cast<std::size_t>(out.nbytes()));
     const float* bias = vector_of(std::get<3>(matrix), w.rows, "bias");
@@ -160,8 +163,8 @@ py::array_t<float> matmul_add(const Floats& x, const PackedMatrix& matrix, const
     return out;
 }
 
-py::array_t<float> matmul_swiglu(const Floats& x, const PackedMatrix& gate, const PackedMatrix& up, const std::string& isa,
-                                 int threads) {
+py::array_t<float> matmul_swiglu(const Floats& x, const PackedMatrix& gate, const PackedMatrix& up,
+                                 const std::string& isa, int threads) {
     const auto [m, cols] = matrix_shape(x, "x");
     const IsaScope scope(isa);
     const auto weights = align_all({gate, up}, cols);
@@ -199,7 +202,8 @@ py::array_t<float> gather_rows(const Floats& x, const Integers& rows, int thread
     const std::int64_t count = rows.size();
     py::array_t<float> out(std::vector<py::ssize_t>{count, cols});
     float* target = out.mutable_data();
-    ThreadPool(threads).run([&, columns = cols](Team& team) { ops::gather_rows(team, x.data(), rows.data(), count, columns, target); });
+    ThreadPool(threads).run(
+        [&, columns = cols](Team& team) { ops::gather_rows(team, x.data(), rows.data(), count, columns, target); });
     return out;
 }
 
@@ -301,9 +305,9 @@ py::array_t<float> attention(const Floats& q, const Floats& k, const Floats& v, 
 }
 
 /// (q, k rotated, cached K and V as float [rows, kv_heads * head_dim]) of sequences that begin at 0.
-py::tuple rope_append(const Floats& q, const Floats& k, const Floats& v, const Floats& cos, const Floats& sin, int heads,
-                      int kv_heads, const Lengths& lengths, const std::string& kv_type, const std::string& isa,
-                      int threads) {
+py::tuple rope_append(const Floats& q, const Floats& k, const Floats& v, const Floats& cos, const Floats& sin,
+                      int heads, int kv_heads, const Lengths& lengths, const std::string& kv_type,
+                      const std::string& isa, int threads) {
     const auto [rows, width] = matrix_shape(k, "k");
     require(kv_heads > 0 && heads > 0 && width % kv_heads == 0, "heads do not divide");
     const std::int64_t d = width / kv_heads;
@@ -340,8 +344,8 @@ py::tuple rope_append(const Floats& q, const Floats& k, const Floats& v, const F
                 const std::uint8_t* slab = test.cache.slab(s.pages[p / KvLayout::kPage], 1, h);
                 const std::int64_t slot = p % KvLayout::kPage, padded = layout.padded_dim();
                 for (std::int64_t j = 0; j < d; ++j) {
-                    keys.mutable_at(s.row + p, h * d + j) =
-                        read(slab, 0, (slot / 16 * padded + j) * 16 + slot % 16) * scale(slab, layout.k_scale_offset(), slot);
+                    keys.mutable_at(s.row + p, h * d + j) = read(slab, 0, (slot / 16 * padded + j) * 16 + slot % 16) *
+                                                            scale(slab, layout.k_scale_offset(), slot);
                     values.mutable_at(s.row + p, h * d + j) =
                         read(slab, layout.v_offset(), slot * padded + j) * scale(slab, layout.v_scale_offset(), slot);
                 }

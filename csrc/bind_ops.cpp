@@ -29,7 +29,8 @@ using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 const layout::Scheme& scheme_of(const std::string& name) {
     if (const layout::Scheme* scheme = layout::find_scheme(name)) return *scheme;
     std::string known;
-    for (const layout::Scheme& scheme : layout::kSchemes) known += (known.empty() ? "" : ", ") + std::string(scheme.name);
+    for (const layout::Scheme& scheme : layout::kSchemes)
+        known += (known.empty() ? "" : ", ") + std::string(scheme.name);
     throw std::invalid_argument("unknown weight scheme '" + name + "'; there are: " + known);
 }
 
@@ -37,8 +38,8 @@ const layout::Scheme& scheme_of(const std::string& name) {
 void check_sizes(std::int64_t rows, std::int64_t cols) {
     constexpr std::int64_t kLargest = std::int64_t{1} << 30;
     if (rows < 1 || cols < 1 || rows > kLargest || cols > kLargest)
-        throw std::invalid_argument("a matrix must have 1 to 2^30 rows and columns, not " + std::to_string(rows) + " x " +
-                                    std::to_string(cols));
+        throw std::invalid_argument("a matrix must have 1 to 2^30 rows and columns, not " + std::to_string(rows) +
+                                    " x " + std::to_string(cols));
 }
 
 int thread_count(int threads) {
@@ -53,9 +54,8 @@ py::dict schemes() {
         entry["bits"] = scheme.bits;
         entry["group"] = scheme.group;
         entry["asymmetric"] = scheme.asymmetric;
-        entry["bits_per_weight"] =
-            static_cast<double>(layout::superblock_bytes(scheme, layout::kSuperblock)) * 8 /
-            static_cast<double>(layout::kSuperblock * layout::kPanelRows);
+        entry["bits_per_weight"] = static_cast<double>(layout::superblock_bytes(scheme, layout::kSuperblock)) * 8 /
+                                   static_cast<double>(layout::kSuperblock * layout::kPanelRows);
         all[py::str(std::string(scheme.name))] = entry;
     }
     return all;
@@ -67,7 +67,8 @@ std::int64_t packed_bytes(const std::string& scheme, std::int64_t rows, std::int
 }
 
 py::tuple quantize(const Floats& weight, const std::string& name, int threads) {
-    if (weight.ndim() != 2) throw std::invalid_argument("weight must have 2 dimensions, not " + std::to_string(weight.ndim()));
+    if (weight.ndim() != 2)
+        throw std::invalid_argument("weight must have 2 dimensions, not " + std::to_string(weight.ndim()));
     const layout::Scheme& scheme = scheme_of(name);
     const std::int64_t rows = weight.shape(0), cols = weight.shape(1);
     check_sizes(rows, cols);
@@ -95,7 +96,8 @@ py::array_t<float> dequantize(const Bytes& packed, const std::string& name, std:
     const std::int64_t expected = layout::packed_bytes(scheme, rows, cols);
     if (packed.size() != expected)
         throw std::invalid_argument("a " + name + " matrix of " + std::to_string(rows) + " x " + std::to_string(cols) +
-                                    " has " + std::to_string(expected) + " bytes, not " + std::to_string(packed.size()));
+                                    " has " + std::to_string(expected) + " bytes, not " +
+                                    std::to_string(packed.size()));
     if (row_end < 0) row_end = rows;
     if (row_begin < 0 || row_begin > row_end || row_end > rows)
         throw std::invalid_argument("rows " + std::to_string(row_begin) + " to " + std::to_string(row_end) +

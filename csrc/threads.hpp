@@ -14,7 +14,7 @@ class ThreadPool;
 
 /// What one thread of a run sees of the others. Only valid inside ThreadPool::run.
 class Team {
-   public:
+ public:
     int index() const { return index_; }
     int size() const;
 
@@ -35,7 +35,7 @@ class Team {
     /// it with the same size. It grows on demand (then it costs barriers) and is kept with the pool.
     std::byte* scratch(std::size_t bytes);
 
-   private:
+ private:
     friend class ThreadPool;
     struct Piece {
         std::int64_t begin = 0, end = 0;
@@ -47,7 +47,7 @@ class Team {
 };
 
 class ThreadPool {
-   public:
+ public:
     /// `threads` >= 1, the caller's thread included. Throws std::invalid_argument otherwise.
     explicit ThreadPool(int threads);
     ~ThreadPool();
@@ -63,7 +63,7 @@ class ThreadPool {
     /// Barriers passed since construction (one thread's count): the benchmark and a test read it.
     std::int64_t barriers() const;
 
-   private:
+ private:
     friend class Team;
     struct State;
     std::unique_ptr<State> state_;

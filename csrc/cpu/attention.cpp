@@ -139,8 +139,8 @@ void attend_tile(const Problem& p, const Tile& tile, const Workspace& w) {
         attend_chunk(p, tile, chunk, first, w, w.acc, w.max, w.sum);
         for (int i = skipped; i < queries; ++i) {
             const int j = i - skipped;
-            cpu::kernels().attention_merge(w.total_max + i, w.total_sum + i, w.total_acc + std::int64_t(i) * d, w.max[j],
-                                           w.sum[j], w.acc + std::int64_t(j) * d, d);
+            cpu::kernels().attention_merge(w.total_max + i, w.total_sum + i, w.total_acc + std::int64_t(i) * d,
+                                           w.max[j], w.sum[j], w.acc + std::int64_t(j) * d, d);
         }
     }
     for (int i = 0; i < queries; ++i) write_query(p, tile, i, w.total_acc + std::int64_t(i) * d, w.total_sum[i]);
@@ -216,8 +216,7 @@ void attention(Team& team, const float* q, int heads, std::span<const SequenceRo
                int layer, float* out) {
     const KvLayout& layout = cache.layout();
     const int group = heads / layout.kv_heads;
-    const Problem p{q,     heads, group, sequences, cache,
-                    layer, out,   kv_shape(layout), std::max(1, kTileQueries / group)};
+    const Problem p{q, heads, group, sequences, cache, layer, out, kv_shape(layout), std::max(1, kTileQueries / group)};
     std::int64_t tiles = 0, tasks = 0;
     for (const SequenceRows& s : sequences) tiles += p.tiles_of(s) * layout.kv_heads;
     const bool by_chunks = tiles < kTasksPerThread * team.size();

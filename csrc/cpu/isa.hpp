@@ -13,13 +13,15 @@
 
 namespace cnl::cpu {
 
-inline constexpr int kLanes = 16;          // rows of a panel, floats of a vector
-inline constexpr int kTileTokens = 6;      // tokens a matmul kernel holds in registers
-inline constexpr int kPairRows = 32;       // rows of two panels: the unit of work of a matmul
-inline constexpr int kSpan = 256;          // columns that share an activation scale: a superblock of the weights
-inline constexpr int kChunkKeys = 256;     // keys of one attention chunk
-inline constexpr int kPageKeys = 64;       // positions of a cache page
+inline constexpr int kLanes = 16;         // rows of a panel, floats of a vector
+inline constexpr int kTileTokens = 6;     // tokens a matmul kernel holds in registers beside two panels
+inline constexpr int kStreamTokens = 12;  // and beside one
+inline constexpr int kPairRows = 32;      // rows of two panels: the unit of work of a matmul
+inline constexpr int kSpan = 256;         // columns that share an activation scale: a superblock of the weights
+inline constexpr int kChunkKeys = 256;    // keys of one attention chunk
+inline constexpr int kPageKeys = 64;      // positions of a cache page
 inline constexpr int kSchemeCount = 4;
+inline constexpr int kPrefetchBytes = 8192;  // how far ahead kernels that stream weights ask for them
 
 /// The schemes of layout.hpp in their order, restated because kernel files cannot include it; matmul.cpp asserts that
 /// the two agree.
@@ -27,9 +29,10 @@ struct SchemeShape {
     int bits, group;
     bool asymmetric;
 };
-inline constexpr SchemeShape kSchemeShapes[kSchemeCount] = {{4, 64, false}, {4, 64, true}, {4, 32, false}, {8, 64, false}};
+inline constexpr SchemeShape kSchemeShapes[kSchemeCount] = {
+    {4, 64, false}, {4, 64, true}, {4, 32, false}, {8, 64, false}};
 
-/// c += W a over a range of whole superblocks, for one or two neighbouring panels and 1 .. 6 tokens.
+/// c += W a over a range of whole superblocks, for one panel and 1 .. 12 tokens or two neighbouring ones and 1 .. 6.
 struct MatmulTile {
     const std::uint8_t* weights;  // the range's first superblock in the first panel
     std::int64_t panel_bytes;     // from there to the same superblock of the second panel
@@ -45,9 +48,9 @@ struct QuantizeSpan {
     const float* x;      // [cols]
     const float* gamma;  // [cols], or null: y = x, else y = x * factor * gamma
     float factor;
-    int cols;            // 1 .. 256
+    int cols;  // 1 .. 256
     int tokens;
-    std::int8_t* values;   // [8][tokens][32]; columns up to a multiple of 64 are written
+    std::int8_t* values;  // [8][tokens][32]; columns up to a multiple of 64 are written
     // Sums of 32 and of 64 columns: low half over columns k with k % 4 in {0, 1}, high half over the others. That is
     // the form in which int16 kernels start; one multiply-add of pairs turns it into the whole sum for the others.
     std::int32_t* sums32;  // [8][tokens]
@@ -77,20 +80,23 @@ struct AttentionChunk {
 
 /// 16 rows of one group of columns -> q. Transposed: element (column k, row r) at [k * 16 + r].
 struct QuantizeGroup {
-    const float* w;       // [cols][16]
-    int cols;             // 1 .. group
+    const float* w;  // [cols][16]
+    int cols;        // 1 .. group
     int bits;
     bool asymmetric;
-    std::uint8_t* q;        // [cols][16]
-    std::uint16_t* scale;   // [16] fp16
-    std::uint16_t* min;     // [16] fp16, asymmetric only
-    float* error;           // [16] sum of squared errors
+    std::uint8_t* q;       // [cols][16]
+    std::uint16_t* scale;  // [16] fp16
+    std::uint16_t* min;    // [16] fp16, asymmetric only
+    float* error;          // [16] sum of squared errors
 };
 
 struct Kernels {
     const char* name;
-    /// [scheme][panels - 1][tokens - 1]
-    void (*matmul[kSchemeCount][2][kTileTokens])(const MatmulTile&);
+    /// One panel that is read once, from memory: [scheme][tokens - 1].
+    void (*stream_panel[kSchemeCount][kStreamTokens])(const MatmulTile&);
+    /// Two panels: read for the first time, or lying in the first cache.
+    void (*stream_pair[kSchemeCount][kTileTokens])(const MatmulTile&);
+    void (*cached_pair[kSchemeCount][kTileTokens])(const MatmulTile&);
     /// 1 / sqrt(mean(x^2) + eps)
     float (*rms_factor)(const float* x, std::int64_t cols, float eps);
     void (*quantize_span)(const QuantizeSpan&);
@@ -111,7 +117,7 @@ struct Kernels {
     void (*quantize_group)(const QuantizeGroup&);
     /// Benchmark: runs `iterations` of this set's int8 multiply-add at full rate; the number of multiply-adds done.
     std::int64_t (*int8_peak)(std::int64_t iterations);
-    /// Benchmark: reads whole 64-byte lines; a sum of them, so that the reading is not for nothing.
+    /// Benchmark: reads an even number of aligned 64-byte lines; a sum of them, so that the reading is not for nothing.
     std::uint64_t (*read_lines)(const std::uint8_t* lines, std::int64_t count);
 };
 

@@ -8,30 +8,35 @@
 #include "kernels_matmul.inl"
 #include "kernels_quantize.inl"
 
-#define CNL_TILES(scheme, panels)                                                                                    \
-    {                                                                                                                \
-        matmul_tile<scheme, panels, 1>, matmul_tile<scheme, panels, 2>, matmul_tile<scheme, panels, 3>,              \
-            matmul_tile<scheme, panels, 4>, matmul_tile<scheme, panels, 5>, matmul_tile<scheme, panels, 6>           \
+#define CNL_TO_6(kernel, scheme) \
+    kernel<scheme, 1>, kernel<scheme, 2>, kernel<scheme, 3>, kernel<scheme, 4>, kernel<scheme, 5>, kernel<scheme, 6>
+#define CNL_TO_12(kernel, scheme)                                                                          \
+    CNL_TO_6(kernel, scheme), kernel<scheme, 7>, kernel<scheme, 8>, kernel<scheme, 9>, kernel<scheme, 10>, \
+        kernel<scheme, 11>, kernel<scheme, 12>
+#define CNL_SCHEMES(list, kernel)                                                    \
+    {                                                                                \
+        {list(kernel, 0)}, {list(kernel, 1)}, {list(kernel, 2)}, { list(kernel, 3) } \
     }
-#define CNL_SCHEME(scheme) {CNL_TILES(scheme, 1), CNL_TILES(scheme, 2)}
 
 inline std::uint64_t read_lines(const std::uint8_t* lines, std::int64_t count) {
-    f32x16 sum[4] = {zeros(), zeros(), zeros(), zeros()};
-    for (std::int64_t i = 0; i < count; ++i) {
-        float line[16];
-        __builtin_memcpy(line, lines + i * 64, 64);
-        sum[i % 4] = max(sum[i % 4], load(line));
+    typedef std::uint64_t Words __attribute__((vector_size(32), may_alias));
+    const Words* p = reinterpret_cast<const Words*>(lines);
+    Words a{}, b{}, c{}, d{};
+    for (std::int64_t i = 0; i + 2 <= count; i += 2, p += 4) {
+        a += p[0];
+        b += p[1];
+        c += p[2];
+        d += p[3];
     }
-    float lanes[16];
-    store(lanes, max(max(sum[0], sum[1]), max(sum[2], sum[3])));
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, lanes, 4);
-    return bits;
+    a += b + c + d;
+    return a[0] + a[1] + a[2] + a[3];
 }
 
 constexpr Kernels make_table(const char* name) {
     return {name,
-            {CNL_SCHEME(0), CNL_SCHEME(1), CNL_SCHEME(2), CNL_SCHEME(3)},
+            CNL_SCHEMES(CNL_TO_12, stream_panel),
+            CNL_SCHEMES(CNL_TO_6, stream_pair),
+            CNL_SCHEMES(CNL_TO_6, cached_pair),
             rms_factor,
             quantize_span,
             swiglu,
@@ -46,5 +51,6 @@ constexpr Kernels make_table(const char* name) {
             read_lines};
 }
 
-#undef CNL_SCHEME
-#undef CNL_TILES
+#undef CNL_SCHEMES
+#undef CNL_TO_12
+#undef CNL_TO_6

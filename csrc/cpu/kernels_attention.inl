@@ -24,7 +24,8 @@ inline void score_blocks(const AttentionChunk& c, const std::uint8_t* k, const f
     for (int j = 0; j < c.shape.head_dim; ++j) {
         f32x16 key[B];
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) key[b] = Element::read(k + static_cast<std::int64_t>(b * d + j) * 16 * Element::kBytes);
+        for (int b = 0; b < B; ++b)
+            key[b] = Element::read(k + static_cast<std::int64_t>(b * d + j) * 16 * Element::kBytes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const f32x16 x = bcast(q[static_cast<std::int64_t>(r) * d + j]);
@@ -46,7 +47,8 @@ inline void accumulate_dims(const AttentionChunk& c, const std::uint8_t* v, cons
     for (int t = 0; t < count; ++t) {
         f32x16 value[D];
 #pragma GCC unroll 8
-        for (int i = 0; i < D; ++i) value[i] = Element::read(v + (static_cast<std::int64_t>(t) * d + i * 16) * Element::kBytes);
+        for (int i = 0; i < D; ++i)
+            value[i] = Element::read(v + (static_cast<std::int64_t>(t) * d + i * 16) * Element::kBytes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const f32x16 x = bcast(p[r * kChunkKeys + t]);
@@ -75,8 +77,7 @@ inline void score_queries(const AttentionChunk& c, int r0, int blocks) {
     const float* q = c.q + static_cast<std::int64_t>(r0) * d;
     float* scores = c.scores + static_cast<std::int64_t>(r0) * kChunkKeys;
     for (int b = 0; b < blocks;) {
-        const std::uint8_t* k =
-            c.slabs[b / 4] + static_cast<std::int64_t>(b % 4) * d * 16 * Element::kBytes;
+        const std::uint8_t* k = c.slabs[b / 4] + static_cast<std::int64_t>(b % 4) * d * 16 * Element::kBytes;
         if (b % 4 + B <= 4 && b + B <= blocks) {
             score_blocks<Element, R, B>(c, k, q, scores + b * 16);
             b += B;
@@ -131,8 +132,8 @@ inline void value_queries(const AttentionChunk& c, int r0, int shared) {
             for (int t = shared; t < c.keys[r0 + r];) {
                 const int page = t / kPageKeys;
                 const int stop = (page + 1) * kPageKeys < c.keys[r0 + r] ? (page + 1) * kPageKeys : c.keys[r0 + r];
-                const std::uint8_t* v = c.slabs[page] + c.shape.v_offset +
-                                        static_cast<std::int64_t>(t % kPageKeys) * d * Element::kBytes;
+                const std::uint8_t* v =
+                    c.slabs[page] + c.shape.v_offset + static_cast<std::int64_t>(t % kPageKeys) * d * Element::kBytes;
                 accumulate<Element, 1, round_to_power(kMaxSums)>(c, v, p + r * kChunkKeys + t, stop - t,
                                                                  acc + static_cast<std::int64_t>(r) * d, 0);
                 t = stop;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element-wise kernels over the vectors of vec_*.hpp: exp, RMSNorm, activation quantization, SwiGLU, RoPE, cache writes.
-// Included inside an anonymous namespace.
+// Element-wise kernels over the vectors of vec_*.hpp: exp, RMSNorm, activation quantization, SwiGLU, RoPE, cache
+// writes. Included inside an anonymous namespace.
 
 inline f32x16 zeros() { return bcast(0.0f); }
 

@@ -7,13 +7,12 @@
 // for every superblock of 256 columns in order, all by fused multiply-adds. N panels of 16 rows by M tokens sit in
 // registers; c is visited once a superblock only, so it may lie in memory and the columns may be cut there.
 
-template <int kScheme, int N, int M>
-void matmul_tile(const MatmulTile& t) {
+template <int kScheme, int N, int M, bool kPrefetch>
+inline void multiply(const MatmulTile& t) {
     constexpr SchemeShape kShape = kSchemeShapes[kScheme];
     constexpr bool kAsym = kShape.asymmetric;
     constexpr int kBlocks = kShape.group / 32;
     constexpr int kGroupBytes = 16 * kShape.group * kShape.bits / 8;
-    constexpr bool kStream = N == 1;  // one token tile: weights come from memory, once
 
     const std::uint8_t* w[N];
 #pragma GCC unroll 2
@@ -30,26 +29,26 @@ void matmul_tile(const MatmulTile& t) {
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) {
             lines[n] = w[n] + header;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int m = 0; m < M; ++m) f[n][m] = zeros();
         }
         for (int g = 0; g < groups; ++g) {
             i32x16 sum[N][M];
-            dot_group<kShape.bits, kBlocks, kAsym, N, M, kStream>(lines, a, sums, sum);
+            dot_group<kShape.bits, kBlocks, kAsym, N, M, kPrefetch>(lines, a, sums, sum);
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) {
                 const f32x16 scale = load_half(w[n] + g * 32);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                 for (int m = 0; m < M; ++m) f[n][m] = fma(to_f32(sum[n][m]), scale, f[n][m]);
             }
             if constexpr (kAsym) {
                 f32x16 a_sum[M];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                 for (int m = 0; m < M; ++m) a_sum[m] = group_sum(sums[m]);
 #pragma GCC unroll 2
                 for (int n = 0; n < N; ++n) {
                     const f32x16 min_w = load_half(w[n] + (groups + g) * 32);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
                     for (int m = 0; m < M; ++m) f[n][m] = fma(min_w, a_sum[m], f[n][m]);
                 }
             }
@@ -61,11 +60,39 @@ void matmul_tile(const MatmulTile& t) {
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) {
             w[n] = lines[n];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int m = 0; m < M; ++m) {
                 float* c = t.c + m * kPairRows + n * 16;
                 store(c, fma(f[n][m], bcast(a_scales[m]), load(c)));
             }
         }
     }
+}
+
+template <int kScheme, int M>
+void stream_panel(const MatmulTile& t) {
+    multiply<kScheme, 1, M, true>(t);
+}
+
+template <int kScheme, int M, bool kPrefetch>
+inline void multiply_pair(const MatmulTile& t) {
+    if constexpr (kPanels == 2) {
+        multiply<kScheme, 2, M, kPrefetch>(t);
+    } else {
+        MatmulTile panel = t;
+        multiply<kScheme, 1, M, kPrefetch>(panel);
+        panel.weights += t.panel_bytes;
+        panel.c += kLanes;
+        multiply<kScheme, 1, M, kPrefetch>(panel);
+    }
+}
+
+template <int kScheme, int M>
+void stream_pair(const MatmulTile& t) {
+    multiply_pair<kScheme, M, true>(t);
+}
+
+template <int kScheme, int M>
+void cached_pair(const MatmulTile& t) {
+    multiply_pair<kScheme, M, false>(t);
 }

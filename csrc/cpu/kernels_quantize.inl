@@ -22,13 +22,9 @@ inline f32x16 rounded_half(f32x16 x) {
 }
 inline f32x16 clamp_round(f32x16 x, f32x16 low, f32x16 high) { return round_even(max(min(x, high), low)); }
 /// 1 / x, and 0 for 0.
-inline f32x16 inverse_or_zero(f32x16 x) {
-    return select_less(zeros(), abs(x), div(bcast(1.0f), x), zeros());
-}
+inline f32x16 inverse_or_zero(f32x16 x) { return select_less(zeros(), abs(x), div(bcast(1.0f), x), zeros()); }
 /// n / d where d > 0, else `otherwise`.
-inline f32x16 ratio_or(f32x16 n, f32x16 d, f32x16 otherwise) {
-    return select_less(zeros(), d, div(n, d), otherwise);
-}
+inline f32x16 ratio_or(f32x16 n, f32x16 d, f32x16 otherwise) { return select_less(zeros(), d, div(n, d), otherwise); }
 inline void keep_better(Fit& best, const Fit& fit) {
     const f32x16 error = best.error;
     best.scale = select_less(fit.error, error, fit.scale, best.scale);

@@ -2,9 +2,10 @@
 // Matrix products: blocking, hand-out of work and epilogues around the micro-kernels.
 //
 // The unit of work is a pair of panels (32 rows). Its sums are built in a small buffer c [tokens][32] and leave it in
-// the epilogue. Up to six tokens (decode): every panel is one stream from memory, read once. More: the columns are cut
-// so that the pair's weights and one tile's activations stay in the first cache while all tiles of a block of tokens
-// pass; the next cut adds to c. Neither changes a bit, because a cut lies between superblocks, where c is visited anyway.
+// the epilogue. Up to twelve tokens (decode): every panel is one stream from memory, read once. More: the columns are
+// cut so that the pair's weights and one tile's activations stay in the first cache while all tiles of a block of
+// tokens pass; the next cut adds to c. Neither changes a bit, because a cut lies between superblocks, where c is
+// visited anyway.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -30,10 +31,10 @@ constexpr bool schemes_agree() {
 }
 static_assert(schemes_agree(), "isa.hpp restates layout.hpp");
 
-constexpr std::int64_t kMaxBlockTiles = 26;             // 156 tokens: c is 20 KB
-constexpr std::int64_t kBlockBytes = 600 * 1024;        // activations of a block of tokens: the second cache
-constexpr std::int64_t kChunkBytes = 20 * 1024;         // weights of a pair between two cuts: the first cache
-constexpr std::int64_t kPieceBytes = 128 * 1024;        // weights a thread takes at a time in decode
+constexpr std::int64_t kMaxBlockTiles = 26;       // 156 tokens: c is 20 KB
+constexpr std::int64_t kBlockBytes = 600 * 1024;  // activations of a block of tokens: the second cache
+constexpr std::int64_t kChunkBytes = 20 * 1024;   // weights of a pair between two cuts: the first cache
+constexpr std::int64_t kPieceBytes = 128 * 1024;  // weights a thread takes at a time in decode
 
 int scheme_index(const Weight& w) { return static_cast<int>(w.scheme - layout::kSchemes.data()); }
 std::int64_t pairs_of(const Weight& w) { return layout::padded_rows(w.rows) / kPairRows; }
@@ -52,7 +53,7 @@ void multiply_pair(const Activations::Data& a, const Tiles& tiles, const Weight&
                    std::int64_t first, std::int64_t last, float* c) {
     const layout::Scheme& scheme = *w.scheme;
     const int index = scheme_index(w);
-    const auto& kernels = cpu::kernels().matmul[index];
+    const cpu::Kernels& kernels = cpu::kernels();
     const std::int64_t cols = layout::padded_cols(scheme, w.cols), panel = layout::panel_bytes(scheme, w.cols);
     const std::int64_t superblock = layout::superblock_bytes(scheme, kSpan), origin = tiles.begin(first);
     const std::uint8_t* weights = w.data + pair * 2 * panel;
@@ -65,7 +66,7 @@ void multiply_pair(const Activations::Data& a, const Tiles& tiles, const Weight&
         for (int i = 0; i < 2; ++i) {
             t.weights = weights + i * panel;
             t.c = c + i * cpu::kLanes;
-            kernels[0][tokens - 1](t);
+            kernels.stream_panel[index][tokens - 1](t);
         }
         return;
     }
@@ -81,7 +82,7 @@ void multiply_pair(const Activations::Data& a, const Tiles& tiles, const Weight&
             t.sums += col / scheme.group * size;
             t.scales += col / kSpan * size;
             t.c = c + (tiles.begin(tile) - origin) * kPairRows;
-            kernels[1][size - 1](t);
+            (tile == first ? kernels.stream_pair : kernels.cached_pair)[index][size - 1](t);
         }
     }
 }
@@ -119,7 +120,7 @@ void for_rows(const Tiles& tiles, const Weight& w, std::int64_t pair, std::int64
     for (std::int64_t token = origin; token < end; ++token, c += kPairRows) use(token, row, c, rows);
 }
 
-using Sums = std::array<float, static_cast<std::size_t>(kMaxBlockTiles* kTileTokens* kPairRows)>;
+using Sums = std::array<float, static_cast<std::size_t>(kMaxBlockTiles * kTileTokens * kPairRows)>;
 
 }  // namespace
 
@@ -165,23 +166,25 @@ void matmul_swiglu(Team& team, const Activations& activations, const Weight& gat
     const Tiles tiles(a.m);
     const std::int64_t pair_bytes =
         2 * (layout::panel_bytes(*gate.scheme, gate.cols) + layout::panel_bytes(*up.scheme, up.cols));
-    for_pairs(team, a, tiles, pairs_of(gate), pair_bytes, [&](std::int64_t pair, std::int64_t first, std::int64_t last) {
-        alignas(64) Sums c, d;
-        multiply_pair(a, tiles, gate, pair, first, last, c.data());
-        multiply_pair(a, tiles, up, pair, first, last, d.data());
-        float* up_sums = d.data();
-        for_rows(tiles, gate, pair, first, last, c.data(),
-                 [&](std::int64_t token, std::int64_t row, const float* sums, std::int64_t rows) {
-                     alignas(64) float g[kPairRows], u[kPairRows], product[kPairRows];
-                     std::memcpy(g, sums, sizeof g);
-                     std::memcpy(u, up_sums, sizeof u);
-                     up_sums += kPairRows;
-                     for (std::int64_t r = 0; gate_bias && r < rows; ++r) g[r] += gate_bias[row + r];
-                     for (std::int64_t r = 0; up_bias && r < rows; ++r) u[r] += up_bias[row + r];
-                     cpu::kernels().swiglu(g, u, product, kPairRows);
-                     std::memcpy(h + token * gate.rows + row, product, static_cast<std::size_t>(rows) * sizeof(float));
-                 });
-    });
+    for_pairs(team, a, tiles, pairs_of(gate), pair_bytes,
+              [&](std::int64_t pair, std::int64_t first, std::int64_t last) {
+                  alignas(64) Sums c, d;
+                  multiply_pair(a, tiles, gate, pair, first, last, c.data());
+                  multiply_pair(a, tiles, up, pair, first, last, d.data());
+                  float* up_sums = d.data();
+                  for_rows(tiles, gate, pair, first, last, c.data(),
+                           [&](std::int64_t token, std::int64_t row, const float* sums, std::int64_t rows) {
+                               alignas(64) float g[kPairRows], u[kPairRows], product[kPairRows];
+                               std::memcpy(g, sums, sizeof g);
+                               std::memcpy(u, up_sums, sizeof u);
+                               up_sums += kPairRows;
+                               for (std::int64_t r = 0; gate_bias && r < rows; ++r) g[r] += gate_bias[row + r];
+                               for (std::int64_t r = 0; up_bias && r < rows; ++r) u[r] += up_bias[row + r];
+                               cpu::kernels().swiglu(g, u, product, kPairRows);
+                               std::memcpy(h + token * gate.rows + row, product,
+                                           static_cast<std::size_t>(rows) * sizeof(float));
+                           });
+              });
 }
 
 }  // namespace cnl::ops

@@ -39,7 +39,7 @@ void check_scales(const std::uint16_t* halves, std::int64_t row, std::int64_t co
 
 /// One panel of 16 rows, group by group: transpose, fit, pack.
 class PanelQuantizer {
-   public:
+ public:
     PanelQuantizer(const layout::Scheme& scheme, const float* weight, std::int64_t rows, std::int64_t cols)
         : scheme_(scheme), weight_(weight), rows_(rows), cols_(cols) {}
 
@@ -64,7 +64,7 @@ class PanelQuantizer {
         return total;
     }
 
-   private:
+ private:
     void fit(std::int64_t row, std::int64_t col, QuantizeError& total) {
         const std::int64_t rows = std::clamp<std::int64_t>(rows_ - row, 0, kPanelRows);
         const std::int64_t count = std::clamp<std::int64_t>(cols_ - col, 0, scheme_.group);
@@ -125,7 +125,8 @@ QuantizeError quantize_weights(Team& team, const float* weight, std::int64_t row
                                const layout::Scheme& scheme, std::uint8_t* out) {
     const std::int64_t panels = layout::padded_rows(rows) / kPanelRows, bytes = layout::panel_bytes(scheme, cols);
     // Added up in the order of the panels, so that the sums do not depend on who did which.
-    auto* errors = reinterpret_cast<QuantizeError*>(team.scratch(static_cast<std::size_t>(panels) * sizeof(QuantizeError)));
+    auto* errors =
+        reinterpret_cast<QuantizeError*>(team.scratch(static_cast<std::size_t>(panels) * sizeof(QuantizeError)));
     team.parallel_for(panels, 1, [&](std::int64_t begin, std::int64_t end) {
         PanelQuantizer quantizer(scheme, weight, rows, cols);
         for (std::int64_t p = begin; p < end; ++p) std::construct_at(errors + p, quantizer.run(p, out + p * bytes));

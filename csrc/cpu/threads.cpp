@@ -104,7 +104,8 @@ struct ThreadPool::State {
 };
 
 ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>()) {
-    if (threads < 1) throw std::invalid_argument("a thread pool needs at least 1 thread, not " + std::to_string(threads));
+    if (threads < 1)
+        throw std::invalid_argument("a thread pool needs at least 1 thread, not " + std::to_string(threads));
     state_->size = threads;
     state_->cursors = std::make_unique<Cursor[]>(static_cast<std::size_t>(threads));
     try {
@@ -147,7 +148,8 @@ void Team::barrier() {
     if (s.failed.load(std::memory_order_acquire)) throw Abandoned();
     if (s.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<std::uint32_t>(s.size)) {
         s.arrived.store(0, std::memory_order_relaxed);
-        for (int i = 0; i < s.size; ++i) s.cursors[static_cast<std::size_t>(i)].next.store(0, std::memory_order_relaxed);
+        for (int i = 0; i < s.size; ++i)
+            s.cursors[static_cast<std::size_t>(i)].next.store(0, std::memory_order_relaxed);
         s.barriers.fetch_add(1, std::memory_order_relaxed);
         s.generation.fetch_add(1, std::memory_order_release);
         s.generation.notify_all();
@@ -163,7 +165,8 @@ bool Team::claim(std::int64_t count, std::int64_t grain, int& victim, Piece& pie
     for (; victim < s.size; ++victim) {
         const std::int64_t part = (index_ + victim) % s.size;
         const std::int64_t begin = count * part / s.size, end = count * (part + 1) / s.size;
-        const std::int64_t offset = s.cursors[static_cast<std::size_t>(part)].next.fetch_add(grain, std::memory_order_relaxed);
+        const std::int64_t offset =
+            s.cursors[static_cast<std::size_t>(part)].next.fetch_add(grain, std::memory_order_relaxed);
         if (offset >= end - begin) continue;
         piece.begin = begin + offset;
         piece.end = piece.begin + grain < end ? piece.begin + grain : end;

@@ -11,6 +11,7 @@ struct i32x16 {
 
 constexpr int kQueryTile = 4;
 constexpr int kMaxSums = 5;
+constexpr int kPanels = 1;
 
 inline f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, f32x16 x) {
@@ -72,7 +73,8 @@ inline void store_half(void* p, f32x16 x) {
 }
 inline f32x16 load_int8(const std::int8_t* p) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
 }
 /// 16 integral floats as int16, in order.
 inline __m256i to_int16(f32x16 x) {
@@ -104,7 +106,10 @@ inline f32x16 group_sum(std::int32_t pair) {
     return {sum, sum};
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+/// Always inlined: GCC takes an out-of-line function that only prefetches for one without effect and drops its calls.
+inline __attribute__((always_inline)) void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
 inline __m256i bcast4(const std::int8_t* p) {
     std::int32_t x;
@@ -112,65 +117,99 @@ inline __m256i bcast4(const std::int8_t* p) {
     return _mm256_set1_epi32(x);
 }
 
-/// 8 rows of a 4-bit group. vpmaddubsw adds two products of at most 15 * 127, so it does not saturate. The int16 sums
-/// may wrap on the way, but they start from -8 * sum(a) and so end at a sum of 32 products (q - 8) * a, at most 32512.
-template <int kBlocks, bool kAsym, int M, bool kPrefetch>
+/// Keeps a sum as it is: without it GCC rebuilds 16 additions as a tree, and 16 products do not fit the registers.
+inline __attribute__((always_inline)) void pin(__m256i& x) { asm("" : "+x"(x)); }
+
+/// Makes the compiler read the activations again for the next 8 rows, not keep them: there are 16 registers.
+inline __attribute__((always_inline)) void again(const std::int8_t*& a, const std::int32_t*& sums) {
+    asm volatile("" : "+r"(a), "+r"(sums) : : "memory");
+}
+
+/// 8 rows of a 4-bit group for T of M tokens. vpmaddubsw adds two products of at most 15 * 127, so it does not
+/// saturate. The int16 sums may wrap on the way, but they start from -8 * sum(a) and so end at a sum of 32 products (q
+/// - 8) * a, at most 32512.
+template <int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
 inline __attribute__((always_inline)) void dot_rows4(const std::uint8_t* w, const std::int8_t* a,
-                                                     const std::int32_t* sums, __m256i (&out)[M]) {
+                                                     const std::int32_t* sums, __m256i* out) {
     const __m256i mask = _mm256_set1_epi8(15);
-    __m256i sum[M];
+    __m256i sum[T];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sum[m] = _mm256_mullo_epi16(_mm256_set1_epi32(sums[m]), _mm256_set1_epi16(-8));
+    for (int m = 0; m < T; ++m) sum[m] = _mm256_mullo_epi16(_mm256_set1_epi32(sums[m]), _mm256_set1_epi16(-8));
 #pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b) {
 #pragma GCC unroll 4
         for (int t = 0; t < 4; ++t) {
             const std::uint8_t* p = w + (b * 4 + t) * 64;
-            if constexpr (kPrefetch) prefetch(p + 4096);
+            if constexpr (kPrefetch) prefetch(p + kPrefetchBytes);
             const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
             const __m256i low = _mm256_and_si256(line, mask);
             const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
+            for (int m = 0; m < T; ++m) {
                 const std::int8_t* x = a + (b * M + m) * 32 + 4 * t;
                 sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(low, bcast4(x)));
+                pin(sum[m]);
                 sum[m] = _mm256_add_epi16(sum[m], _mm256_maddubs_epi16(high, bcast4(x + 16)));
+                pin(sum[m]);
             }
         }
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < T; ++m) {
         out[m] = _mm256_madd_epi16(sum[m], _mm256_set1_epi16(1));
         if constexpr (kAsym)
             out[m] = _mm256_add_epi32(out[m], _mm256_madd_epi16(_mm256_set1_epi32(sums[m]), _mm256_set1_epi16(8)));
     }
 }
 
-/// 8 rows of an 8-bit group: vpmaddubsw would saturate, so even and odd columns are widened to int16.
-template <int kBlocks, int M, bool kPrefetch>
+/// 8 rows of an 8-bit group for T of M tokens. vpmaddubsw would saturate, so the weights are taken as two nibbles,
+/// whose int16 sums over 32 columns stay below 8 * 2 * 15 * 127 = 30480.
+template <int kBlocks, int T, int M, bool kPrefetch>
 inline __attribute__((always_inline)) void dot_rows8(const std::uint8_t* w, const std::int8_t* a,
-                                                     const std::int32_t* sums, __m256i (&out)[M]) {
-    const __m256i even_mask = _mm256_set1_epi16(255);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) out[m] = _mm256_madd_epi16(_mm256_set1_epi32(sums[m]), _mm256_set1_epi16(-128));
-#pragma GCC unroll 2
+                                                     const std::int32_t* sums, __m256i* out) {
+    const __m256i mask = _mm256_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int m = 0; m < T; ++m) out[m] = _mm256_madd_epi16(_mm256_set1_epi32(sums[m]), _mm256_set1_epi16(-128));
     for (int b = 0; b < kBlocks; ++b) {
+        __m256i low_sum[T], high_sum[T];
+#pragma GCC unroll 4
+        for (int m = 0; m < T; ++m) low_sum[m] = high_sum[m] = _mm256_setzero_si256();
+#pragma GCC unroll 8
         for (int t = 0; t < 8; ++t) {
             const std::uint8_t* p = w + (b * 8 + t) * 64;
-            if constexpr (kPrefetch) prefetch(p + 4096);
+            if constexpr (kPrefetch) prefetch(p + kPrefetchBytes);
             const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-            const __m256i even = _mm256_and_si256(line, even_mask);
-            const __m256i odd = _mm256_srli_epi16(line, 8);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
+            const __m256i low = _mm256_and_si256(line, mask);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
+#pragma GCC unroll 4
+            for (int m = 0; m < T; ++m) {
                 const __m256i x = bcast4(a + (b * M + m) * 32 + 4 * t);
-                const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
-                const __m256i x_odd = _mm256_srai_epi16(x, 8);
-                out[m] = _mm256_add_epi32(out[m], _mm256_madd_epi16(even, x_even));
-                out[m] = _mm256_add_epi32(out[m], _mm256_madd_epi16(odd, x_odd));
+                low_sum[m] = _mm256_add_epi16(low_sum[m], _mm256_maddubs_epi16(low, x));
+                pin(low_sum[m]);
+                high_sum[m] = _mm256_add_epi16(high_sum[m], _mm256_maddubs_epi16(high, x));
+                pin(high_sum[m]);
             }
         }
+#pragma GCC unroll 4
+        for (int m = 0; m < T; ++m) {
+            out[m] = _mm256_add_epi32(out[m], _mm256_madd_epi16(low_sum[m], _mm256_set1_epi16(1)));
+            out[m] = _mm256_add_epi32(out[m], _mm256_madd_epi16(high_sum[m], _mm256_set1_epi16(16)));
+        }
     }
+}
+
+/// 8 rows of one group for T of M tokens, as many at a time as there are registers for.
+template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+inline __attribute__((always_inline)) void dot_rows(const std::uint8_t* w, const std::int8_t* a,
+                                                    const std::int32_t* sums, __m256i* out) {
+    constexpr int kMost = kBits == 4 ? 6 : 3;
+    constexpr int kNow = T < kMost ? T : kMost;
+    if constexpr (kBits == 4)
+        dot_rows4<kBlocks, kAsym, kNow, M, kPrefetch>(w, a, sums, out);
+    else
+        dot_rows8<kBlocks, kNow, M, kPrefetch>(w, a, sums, out);
+    if constexpr (T > kMost)
+        dot_rows<kBits, kBlocks, kAsym, T - kMost, M, false>(w, a + kMost * 32, sums + kMost, out + kMost);
 }
 
 template <int kBits, int kBlocks, bool kAsym, int N, int M, bool kPrefetch>
@@ -178,15 +217,12 @@ inline __attribute__((always_inline)) void dot_group(const std::uint8_t* const (
                                                      const std::int32_t* sums, i32x16 (&acc)[N][M]) {
     for (int n = 0; n < N; ++n) {
         __m256i low[M], high[M];
-        if constexpr (kBits == 4) {
-            dot_rows4<kBlocks, kAsym, M, kPrefetch>(w[n], a, sums, low);
-            dot_rows4<kBlocks, kAsym, M, false>(w[n] + 32, a, sums, high);
-        } else {
-            dot_rows8<kBlocks, M, kPrefetch>(w[n], a, sums, low);
-            dot_rows8<kBlocks, M, false>(w[n] + 32, a, sums, high);
-        }
-#pragma GCC unroll 8
+        dot_rows<kBits, kBlocks, kAsym, M, M, kPrefetch>(w[n], a, sums, low);
+        again(a, sums);
+        dot_rows<kBits, kBlocks, kAsym, M, M, false>(w[n] + 32, a, sums, high);
+#pragma GCC unroll 12
         for (int m = 0; m < M; ++m) acc[n][m] = {low[m], high[m]};
+        again(a, sums);
     }
 }
 
@@ -194,7 +230,10 @@ inline std::int64_t int8_peak(std::int64_t iterations) {
     constexpr int kChains = 8;
     __m256i sum[kChains], x = _mm256_set1_epi8(1);
 #pragma GCC unroll 8
-    for (int i = 0; i < kChains; ++i) sum[i] = _mm256_setzero_si256();
+    for (int i = 0; i < kChains; ++i) {
+        sum[i] = _mm256_setzero_si256();
+        asm("" : "+x"(sum[i]));  // else the chains are one to the compiler
+    }
     for (std::int64_t k = 0; k < iterations; ++k) {
         asm volatile("" : "+x"(x));
 #pragma GCC unroll 8

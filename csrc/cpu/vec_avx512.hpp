@@ -7,6 +7,7 @@ using i32x16 = __m512i;
 
 constexpr int kQueryTile = 8;
 constexpr int kMaxSums = 16;
+constexpr int kPanels = 2;
 
 inline f32x16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a); }
@@ -42,9 +43,7 @@ inline f32x16 to_f32(i32x16 a) { return _mm512_cvtepi32_ps(a); }
 inline f32x16 pow2(f32x16 n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-inline f32x16 load_half(const void* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
-}
+inline f32x16 load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 inline void store_half(void* p, f32x16 a) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -70,7 +69,10 @@ inline f32x16 group_sum(std::int32_t pair) {
     return _mm512_cvtepi32_ps(_mm512_madd_epi16(_mm512_set1_epi32(pair), _mm512_set1_epi16(1)));
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+/// Always inlined: GCC takes an out-of-line function that only prefetches for one without effect and drops its calls.
+inline __attribute__((always_inline)) void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
 inline __m512i bcast4(const std::int8_t* p) {
     std::int32_t x;
@@ -85,10 +87,9 @@ inline __attribute__((always_inline)) void dot_group(const std::uint8_t* const (
     const __m512i mask = _mm512_set1_epi8(15);
     // Symmetric weights are stored with an offset: starting from -zero * sum(a) takes it away for nothing.
     const __m512i zero = _mm512_set1_epi16(static_cast<short>(-(1 << (kBits - 1))));
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-        const __m512i start =
-            kAsym ? _mm512_setzero_si512() : _mm512_madd_epi16(_mm512_set1_epi32(sums[m]), zero);
+        const __m512i start = kAsym ? _mm512_setzero_si512() : _mm512_madd_epi16(_mm512_set1_epi32(sums[m]), zero);
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) acc[n][m] = start;
     }
@@ -100,12 +101,12 @@ inline __attribute__((always_inline)) void dot_group(const std::uint8_t* const (
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) {
                 const std::uint8_t* p = w[n] + (b * kLines + t) * 64;
-                if constexpr (kPrefetch) prefetch(p + 4096);
+                if constexpr (kPrefetch) prefetch(p + kPrefetchBytes);
                 const __m512i line = _mm512_loadu_si512(p);
                 low[n] = kBits == 4 ? _mm512_and_si512(line, mask) : line;
                 high[n] = _mm512_and_si512(_mm512_srli_epi16(line, 4), mask);
             }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int m = 0; m < M; ++m) {
                 const std::int8_t* x = a + (b * M + m) * 32 + 4 * t;
                 const __m512i x0 = bcast4(x);
@@ -125,7 +126,10 @@ inline std::int64_t int8_peak(std::int64_t iterations) {
     constexpr int kChains = 12;
     __m512i sum[kChains], x = _mm512_set1_epi8(1);
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) sum[i] = _mm512_setzero_si512();
+    for (int i = 0; i < kChains; ++i) {
+        sum[i] = _mm512_setzero_si512();
+        asm("" : "+v"(sum[i]));  // else the chains are one to the compiler
+    }
     for (std::int64_t k = 0; k < iterations; ++k) {
         asm volatile("" : "+v"(x));
 #pragma GCC unroll 12

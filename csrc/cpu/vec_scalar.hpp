@@ -11,6 +11,7 @@ struct i32x16 {
 
 constexpr int kQueryTile = 4;  // queries that attention holds in registers
 constexpr int kMaxSums = 8;    // vectors of sums it may hold
+constexpr int kPanels = 1;     // panels whose sums a matmul holds in registers
 
 template <typename F>
 inline f32x16 map(F f) {
@@ -112,7 +113,8 @@ inline void store_uint8(std::uint8_t* p, const f32x16& a) {
 }
 
 inline std::int32_t make_pair(int low, int high) {
-    return static_cast<std::int32_t>((static_cast<std::uint32_t>(high) << 16) | (static_cast<std::uint32_t>(low) & 0xffffu));
+    return static_cast<std::int32_t>((static_cast<std::uint32_t>(high) << 16) |
+                                     (static_cast<std::uint32_t>(low) & 0xffffu));
 }
 inline int pair_low(std::int32_t pair) { return static_cast<std::int16_t>(pair & 0xffff); }
 inline int pair_high(std::int32_t pair) { return pair >> 16; }
