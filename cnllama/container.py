@@ -9,8 +9,10 @@ import math
 import mmap
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -74,10 +76,11 @@ def is_count(value: object, low: int = 0, high: int = 1 << 62) -> bool:
 def map_file(path: Path) -> tuple[mmap.mmap, int]:
     """A read-only map of the whole file and its size in bytes. Raises InputError for what is no readable file."""
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for its writer
+            raise InputError(f"{path}: this is no regular file")
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: this is no regular file")
             if status.st_size == 0:
                 raise InputError(f"{path}: the file is empty; its download or conversion was cut off, make it again")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -162,6 +165,8 @@ class SafetensorsFile:
 
     def _check_entry(self, name: str, info: object) -> Entry:
         damaged = "the file is damaged, get it again"
+        if not name.isprintable():
+            self.refuse(f"a tensor is called {name!r:.80}", damaged)
         if not isinstance(info, dict):
             self.refuse(f"the header's entry of {name!r} is no object", damaged)
         dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
@@ -200,21 +205,37 @@ class SafetensorsFile:
 class Output:
     """A file written under a temporary name beside the final one and renamed when it is complete.
 
-    An exception removes the temporary file; a killed process leaves at most the temporary one, which the next run for
-    the same name removes. Raises CnllamaError for a full disk and InputError for a place that cannot be written.
+    As a context manager it removes the temporary file unless commit() was reached; a killed process leaves at most the
+    temporary one, which the next run for the same name removes. A symbolic link is written through. Raises CnllamaError
+    for a full disk and InputError for a place that cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if os.path.isdir(self.path):
+        self._target = Path(os.path.realpath(self.path))
+        if os.path.isdir(self._target):
             raise InputError(f"{self.path}: this is a directory, expected the name of a file to write")
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        if os.path.exists(self._target) and not os.path.isfile(self._target):
+            raise InputError(
+                f"{self.path}: this is no regular file, which the result would replace; choose another name"
+            )
+        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.part")
+        self._committed = False
         self._remove_leftovers()
         try:
             self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as error:
             raise from_os_error(self.path, error) from None
         self._lock()
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._committed:
+            self.discard()
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Writes all bytes at `offset`."""
@@ -230,17 +251,17 @@ class Output:
         """Makes the file durable and gives it its final name."""
         try:
             os.fsync(self._fd)
-            os.replace(self._temporary, self.path)
+            os.replace(self._temporary, self._target)
         except OSError as error:
             raise from_os_error(self.path, error) from None
+        self._committed = True
         os.close(self._fd)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        except OSError:  # some file systems cannot sync a directory; the data are safe
-            pass
-        finally:
-            os.close(directory)
+        with suppress(OSError):  # a directory that may not be read, or a file system that cannot sync one
+            directory = os.open(self._target.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
     def discard(self) -> None:
         """Removes the temporary file."""
@@ -259,7 +280,7 @@ class Output:
         try:
             import fcntl
 
-            for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.[0-9]*.part"):
+            for leftover in self._target.parent.glob(f".{glob.escape(self._target.name)}.[0-9]*.part"):
                 with open(leftover, "rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a living conversion holds the lock
                     leftover.unlink()
@@ -278,7 +299,7 @@ def free_bytes(directory: Path) -> int:
 
 def check_space(path: Path, needed: int) -> None:
     """Raises CnllamaError when `needed` bytes cannot fit beside `path`."""
-    free = free_bytes(path.absolute().parent)
+    free = free_bytes(Path(os.path.realpath(path)).parent)
     if free < needed:
         raise CnllamaError(
             f"{path}: the file will have {needed:,} bytes but its disk has {free:,} free; free some space or choose "

@@ -5,12 +5,25 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and lone surrogates escaped: it may come from a stranger's file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class CnllamaError(Exception):
-    """The work failed: a full disk, a machine that is too small, a file that changed while it was read."""
+    """The work failed: a full disk, a machine that is too small, a file that changed while it was read.
+
+    Messages may quote files, so all but line breaks is made printable.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class InputError(CnllamaError):
@@ -44,3 +57,12 @@ def from_os_error(path: str | os.PathLike[str], error: OSError) -> CnllamaError:
     if code in _SPACE_ERRORS:
         return CnllamaError(f"{os.fspath(path)}: {_SPACE_ERRORS[code]}; free some space or choose another place")
     return CnllamaError(f"{os.fspath(path)}: {error.strerror or error}")
+
+
+@contextmanager
+def os_errors_explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an operating-system error of the block into from_os_error's, on `path` where it names no file itself."""
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error.filename or path, error) from error

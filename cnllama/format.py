@@ -231,7 +231,7 @@ class CnlFile:
         added = settings.get("added_tokens")
         if not isinstance(added, dict) or not all(is_count(i, 0, self.vocab_size - 1) for i in added.values()):
             self.refuse(f"the added tokens are {added!r:.80}, expected ids under {self.vocab_size}", mend)
-        if len(set(added.values())) != len(added) or "" in added:
+        if len(set(added.values())) != len(added) or not all(map(_is_text, added)):
             self.refuse("two added tokens share one id, or one has no text", mend)
         if hashlib.sha256(entry.data[: entry.rows].data).hexdigest() != settings.get("sha256"):
             self.refuse("the tokenizer does not match its hash", "the file is damaged, get it again")
@@ -254,6 +254,11 @@ class CnlFile:
 def header_hash(header: bytes) -> str:
     """The SHA-256 (hexadecimal) of a header whose `header_sha256` is read as 64 zeros."""
     return hashlib.sha256(_HASH.sub(f'"header_sha256":"{_ZERO_HASH}"'.encode(), header)).hexdigest()
+
+
+def _is_text(value: str) -> bool:
+    """Not empty and free of lone surrogates, which JSON can spell."""
+    return bool(value) and value.encode("utf-8", "replace").decode() == value
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -285,7 +290,6 @@ class CnlWriter:
         self._name, self._left = "", 0
         self._position = self._data_begin
         self._content = hashlib.sha256()
-        self._finished = False
 
     def __enter__(self) -> CnlWriter:
         return self
@@ -293,8 +297,7 @@ class CnlWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._finished:
-            self._output.discard()
+        self._output.__exit__(kind, error, traceback)
 
     def write(self, name: str, chunk: Bytes | bytes) -> None:
         """Appends bytes to tensor `name`. Raises ValueError for a wrong order or too many bytes, CnllamaError when the
@@ -332,7 +335,6 @@ class CnlWriter:
         header = _HASH.sub(f'"header_sha256":"{header_hash(header)}"'.encode(), header)
         self._output.write(room.to_bytes(8, "little") + header, 0)
         self._output.commit()
-        self._finished = True
         return content
 
     def _header(self, digest: str) -> bytes:

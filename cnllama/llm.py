@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 import warnings
@@ -159,9 +160,10 @@ class LLM:
     ) -> list[Completion]:
         """Answers to several prompts, up to max_sequences of them running at once, in the order of the prompts.
 
-        params: one for all, or one for each. See `stream` for the rest. The tokens do not depend on what runs together.
+        prompts: several, or one of them alone. params: one for all, or one for each. See `stream` for the rest. The
+        tokens do not depend on what runs together.
         """
-        batch: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[arg-type]
+        batch: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise InputError(f"there are {len(batch)} prompts and {len(each)} sampling parameters")
@@ -309,7 +311,10 @@ class LLM:
             )
 
     def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        tokens = [int(i) for i in ids]
+        try:
+            tokens = [operator.index(i) for i in ids]
+        except TypeError as error:
+            raise InputError(f"a prompt is text, messages or token ids, not {ids!r:.60}") from error
         bad = next((i for i in tokens if not 0 <= i < self.vocab_size), None)
         if bad is not None:
             raise InputError(f"token id {bad} is outside the vocabulary, 0 to {self.vocab_size - 1}")
@@ -321,8 +326,15 @@ class LLM:
         return self._scheduler
 
 
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is a single prompt: text, or a sequence that begins with a message or a token id."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
+
+
 def _is_messages(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    return (
+        not isinstance(prompt, str) and isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+    )
 
 
 @contextmanager

@@ -20,16 +20,16 @@ def bytes_per_step(llm: LLM) -> int:
     return sum(entry[0].nbytes for name, entry in tensors.items() if name not in skipped)
 
 
-def measure(llm: LLM, completion: Completion) -> dict[str, Any]:
+def measure(llm: LLM, completion: Completion, bandwidth: bool = True) -> dict[str, Any]:
     """Figures of one request, seconds and rates by name; a rate whose time is zero is None.
 
-    bandwidth_bytes_per_s is measured here, with the engine's threads, and takes some tenths of a second.
+    With `bandwidth` the memory's is measured too, with the engine's threads, which takes some tenths of a second.
     """
     from cnllama import _core
 
     usage, timing = completion.usage, completion.timing
     rate = timing.steps / timing.decode if timing.decode > 0 else None
-    bandwidth = _core.read_bandwidth(llm.threads)
+    limit = _core.read_bandwidth(llm.threads) if bandwidth else None
     read = bytes_per_step(llm) + llm.plan.kv_per_token * (usage.prompt_tokens + usage.completion_tokens // 2)
     return {
         "load_s": llm.load_seconds,
@@ -42,8 +42,8 @@ def measure(llm: LLM, completion: Completion) -> dict[str, Any]:
         "chinese_chars": count_chinese(completion.text),
         "chinese_chars_per_s": _ratio(count_chinese(completion.text), timing.decode),
         "bytes_per_step": read,
-        "bandwidth_bytes_per_s": bandwidth,
-        "bandwidth_share": read * rate / bandwidth if rate else None,
+        "bandwidth_bytes_per_s": limit,
+        "bandwidth_share": read * rate / limit if rate and limit else None,
         "threads": llm.threads,
     }
 

@@ -19,8 +19,12 @@ def configure_stdio() -> None:
     """Makes the standard streams able to carry any text.
 
     An encoding that the user chose and that has Chinese is kept, GBK as its superset GB18030; one that has none (ASCII
-    of the C locale, Latin-1) becomes UTF-8. Nothing printed can raise UnicodeEncodeError afterwards.
+    of the C locale, Latin-1) becomes UTF-8. Nothing printed can raise UnicodeEncodeError afterwards. A stream that the
+    caller closed becomes an empty one.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is None:

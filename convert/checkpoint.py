@@ -146,9 +146,11 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no plain table of tensors; save the model's state_dict and try again")
+    if not all(isinstance(name, str) and name.isprintable() for name in state):
+        raise InputError(f"{path}: holds names of tensors that are no plain text; save the model's state_dict again")
     if any(value.layout != torch.strided or value.device.type != "cpu" for value in state.values()):
         raise InputError(f"{path}: holds sparse or empty (meta) tensors, expected plain ones; save the model again")
-    return {str(name): _TorchTensor(path, str(name), value, mapped) for name, value in state.items()}
+    return {name: _TorchTensor(path, name, value, mapped) for name, value in state.items()}
 
 
 def canonical_name(name: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from cnllama.container import Output
@@ -14,6 +15,7 @@ from cnllama.errors import InputError
 from .pack import DEFAULT_Q4, QUANTIZATIONS, Report, convert
 
 HELP = "merge adapters into a Hugging Face LLaMA, quantize and pack it into one .cnl file"
+_MAX_THREADS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,29 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts and prints the report. Returns the exit code."""
-    if args.threads < 0:
-        raise InputError(f"--threads is {args.threads}, expected 0 (automatic) or a positive number")
-    report = convert(
-        args.base,
-        args.lora,
-        args.output,
-        quant=args.quant,
-        template=args.template,
-        tokenizer=args.tokenizer,
-        threads=args.threads,
-        progress=sys.stderr.isatty(),
-    )
+    if not 0 <= args.threads <= _MAX_THREADS:
+        raise InputError(f"--threads is {args.threads}, expected 0 (automatic) to {_MAX_THREADS}")
+    # Opened first: a report that cannot be written must not be found out after the conversion.
+    with Output(args.report) if args.report else nullcontext() as output:
+        report = convert(
+            args.base,
+            args.lora,
+            args.output,
+            quant=args.quant,
+            template=args.template,
+            tokenizer=args.tokenizer,
+            threads=args.threads,
+            progress=sys.stderr.isatty(),
+        )
+        if output:
+            output.write(json.dumps(report.to_dict(), indent=2).encode() + b"\n", 0)
+            output.commit()
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(describe(report))
-    if args.report:
-        output = Output(args.report)
-        try:
-            output.write(json.dumps(report.to_dict(), indent=2).encode() + b"\n", 0)
-            output.commit()
-        except BaseException:
-            output.discard()
-            raise
     return 0
 
 

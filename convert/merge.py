@@ -119,6 +119,8 @@ def merge(
     make them two tensors, as they were in training.
     """
     tied, notices = is_tied(checkpoint), []
+    if tied and not checkpoint.config.get("tie_word_embeddings"):
+        notices.append(f"{checkpoint.directory}: there is no lm_head, so embed_tokens is used for both")
     merged = {
         name: MergedTensor(name, tensor)
         for name, tensor in checkpoint.tensors.items()

@@ -17,7 +17,7 @@ import numpy as np
 from cnllama import _core
 from cnllama.config import EMBEDDING, LM_HEAD, from_hf
 from cnllama.container import read_json
-from cnllama.errors import InputError, from_os_error
+from cnllama.errors import InputError, os_errors_explained
 from cnllama.format import TOKENIZER, CnlWriter, stored_bytes
 from cnllama.templates import TEMPLATES, default_template
 from cnllama.verify import Statistics
@@ -26,15 +26,13 @@ from . import fingerprint, parity
 from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray, open_checkpoint
 from .merge import MergedTensor, check_adapter, check_base, is_tied, merge
-from .vocab import Vocabulary, check_vocabulary
+from .vocab import Vocabulary, check_vocabulary, size_table
 
 DEFAULT_Q4 = "q4-a64"
 EMBEDDINGS = "q8-s64"
 QUANTIZATIONS = {"q4": DEFAULT_Q4, "q8": "q8-s64", "q4-s64": "q4-s64", "q4-a64": "q4-a64", "q4-s32": "q4-s32"}
 _CHUNK_VALUES = 1 << 23  # float32 values merged and quantized at a time: 32 MiB
-_GENERATION = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"} | {
-    "repetition_penalty": "repeat_penalty"
-}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # of generation_config.json, when it samples
 
 
 @dataclass
@@ -80,8 +78,11 @@ def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = N
     config = from_hf(checkpoint.config, str(base / "config.json"))
     adapters = [open_adapter(directory) for directory in loras]
     check_base(checkpoint, config)
-    for adapter in adapters:
-        check_adapter(adapter, checkpoint, config)
+    try:
+        for adapter in adapters:
+            check_adapter(adapter, checkpoint, config)
+    except InputError as error:
+        raise InputError(f"{error}\n{size_table(checkpoint, adapters, tokenizer)}") from None
     vocabulary = check_vocabulary(checkpoint, adapters, is_tied(checkpoint), tokenizer)
     for adapter in adapters:
         adapter.check_values()
@@ -114,56 +115,35 @@ def convert(
     quant: a key of QUANTIZATIONS. threads 0: the default of this machine. progress: a bar on stderr.
     Raises InputError for wrong input and CnllamaError for a full disk.
     """
-    try:
-        return _convert(base, loras, output, quant, template, tokenizer, threads, progress)
-    except OSError as error:  # a directory that may not be searched, a disk that fails
-        raise from_os_error(error.filename or base, error) from error
-
-
-def _convert(
-    base: Path,
-    loras: Sequence[Path],
-    output: Path,
-    quant: str,
-    template: str | None,
-    tokenizer: Path | None,
-    threads: int,
-    progress: bool,
-) -> Report:
-    started = time.monotonic()
     if template is not None and template not in TEMPLATES:
         raise InputError(f"--template {template!r} is unknown, expected one of {', '.join(TEMPLATES)}")
-    plan = make_plan(base, loras, tokenizer)
-    scheme = QUANTIZATIONS[quant]
-    files = plan.vocabulary.tokenizer
-    table = {name: _row(name, tensor, scheme) for name, tensor in plan.tensors.items()}
-    parameters = sum(rows * cols for _, rows, cols in table.values())
-    bits = sum(stored_bytes(*row) for row in table.values()) * 8 / parameters
-    table[TOKENIZER] = ("raw", len(files.model), 1)
-    settings = files.settings()
-    metadata = {
-        "config": plan.config,
-        "quantization": {"scheme": scheme, "embeddings": EMBEDDINGS, "bits_per_weight": round(bits, 4)},
-        "template": template or default_template(plan.config["vocab_size"]),
-        "generation": generation_defaults(plan),
-        "tokenizer": settings,
-        "parity": parity.record(files.model, settings, str(files.file)),
-        "fingerprint": {"tensors": {}},
-        "source": _source(plan),
-    }
-    with CnlWriter(output, metadata, table) as writer:
-        records = _pack(plan, table, writer, threads, progress)
-        writer.write_padded(TOKENIZER, files.model)
-        content = writer.finish({"fingerprint": {"tensors": records}})
+    started = time.monotonic()
+    with os_errors_explained(base):
+        plan = make_plan(base, loras, tokenizer)
+        model = plan.vocabulary.tokenizer.model
+        table = {name: _row(name, tensor, QUANTIZATIONS[quant]) for name, tensor in plan.tensors.items()}
+        parameters = sum(rows * cols for _, rows, cols in table.values())
+        bits = sum(stored_bytes(*row) for row in table.values()) * 8 / parameters
+        metadata = _metadata(plan, template) | {
+            "quantization": {
+                "scheme": QUANTIZATIONS[quant],
+                "embeddings": EMBEDDINGS,
+                "bits_per_weight": round(bits, 4),
+            }
+        }
+        with CnlWriter(output, metadata, table | {TOKENIZER: ("raw", len(model), 1)}) as writer:
+            records = _pack(plan, table, writer, threads, progress)
+            writer.write_padded(TOKENIZER, model)
+            content = writer.finish({"fingerprint": {"tensors": records}})
     errors = {name: values["error"] for name, values in records.items() if table[name][0] != "f32"}
     worst = max(errors, key=lambda name: errors[name])
     return Report(
         file=str(output),
         size=writer.size,
         parameters=parameters,
-        scheme=scheme,
+        scheme=QUANTIZATIONS[quant],
         bits_per_weight=bits,
-        template=str(metadata["template"]),
+        template=metadata["template"],
         vocab_size=plan.config["vocab_size"],
         worst_tensor=worst,
         worst_error=errors[worst],
@@ -174,6 +154,21 @@ def _convert(
         seconds=time.monotonic() - started,
         warnings=plan.notices,
     )
+
+
+def _metadata(plan: Plan, template: str | None) -> dict[str, Any]:
+    """What the header says before a weight is read; proves the tokenizer's parity on the way."""
+    files = plan.vocabulary.tokenizer
+    settings = files.settings()
+    return {
+        "config": plan.config,
+        "template": template or default_template(plan.config["vocab_size"]),
+        "generation": generation_defaults(plan),
+        "tokenizer": settings,
+        "parity": parity.record(files.model, settings, str(files.file)),
+        "fingerprint": {"tensors": {}},
+        "source": _source(plan),
+    }
 
 
 def _row(name: str, tensor: MergedTensor, scheme: str) -> tuple[str, int, int]:
@@ -252,11 +247,10 @@ def generation_defaults(plan: Plan) -> dict[str, Any]:
     if not _is_id(bos, rows):
         bos = processor.bos_id() if processor.bos_id() >= 0 else None
     result: dict[str, Any] = {"eos_token_ids": list(dict.fromkeys(ids)), "bos_token_id": bos}
-    for key, name in _GENERATION.items():
+    for key in (*_SAMPLING * bool(given.get("do_sample")), "repetition_penalty"):
         value = given.get(key)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if number and given.get("do_sample", False):
-            result[name] = value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6:
+            result[key] = value
     return result
 
 
@@ -275,6 +269,11 @@ def _source(plan: Plan) -> dict[str, Any]:
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's number starts with the parent's size at the fork
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:

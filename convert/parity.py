@@ -14,12 +14,13 @@ from cnllama.format import CnlFile
 from cnllama.tokenizer import Tokenizer
 
 from .parity_corpus import TEXTS, VERSION
+from .tokenizers import load_sentencepiece
 
 
 def record(model: bytes, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The `parity` metadata of a .cnl. Raises InputError at the first text on which the two paths differ."""
     digest = hashlib.sha256()
-    for text, original, ours in _encoded(model, settings):
+    for text, original, ours in _encoded(model, settings, where):
         if original != ours:
             raise InputError(f"{where}: {_difference(text, original, ours)}; report this model to cnllama's authors")
         digest.update(np.asarray([len(ours), *ours], "<i4").tobytes())
@@ -39,15 +40,13 @@ def check(file: CnlFile) -> str | None:
     return None
 
 
-def _encoded(model: bytes, settings: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[int]]]:
-    import sentencepiece
-
-    original = sentencepiece.SentencePieceProcessor(model_proto=model)
+def _encoded(model: bytes, settings: Mapping[str, Any], where: str) -> Iterator[tuple[str, list[int], list[int]]]:
+    original = load_sentencepiece(model, where)
     dummy_prefix = settings["add_dummy_prefix"]
     if original.encode("a", out_type=str)[0].startswith("\u2581") != dummy_prefix:
         # A message's repeated field is merged into the first: this sets normalizer_spec.add_dummy_prefix alone.
         patched = model + bytes([0x1A, 2, 0x18, dummy_prefix])
-        original = sentencepiece.SentencePieceProcessor(model_proto=patched)
+        original = load_sentencepiece(patched, where)
     tokenizer = Tokenizer(model, dict(settings))
     for text in TEXTS:
         yield text, original.encode(text), tokenizer.encode(text)

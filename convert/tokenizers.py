@@ -23,6 +23,18 @@ _SPECIAL_KEYS = (
 )  # fmt: skip
 
 
+def load_sentencepiece(model: bytes, where: str) -> Any:
+    """The library's processor of a serialized model. `where` begins the InputError for bytes that are none."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as error:  # the library raises RuntimeError, and others for bytes that are no message at all
+        raise InputError(
+            f"{where}: this is no SentencePiece model ({' '.join(str(error).split()):.80}); get the file again"
+        ) from None
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """A SentencePiece model and the tokens added to it.
@@ -42,14 +54,7 @@ class TokenizerFiles:
     @cached_property
     def processor(self) -> Any:
         """The SentencePiece processor of the model as it is."""
-        import sentencepiece
-
-        try:
-            return sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except Exception as error:
-            raise InputError(
-                f"{self.file}: this is no SentencePiece model ({str(error).splitlines()[0]:.80}); get the file again"
-            ) from None
+        return load_sentencepiece(self.model, str(self.file))
 
     @property
     def pieces(self) -> int:
@@ -115,7 +120,7 @@ def read_tokenizer(directory: Path, before: TokenizerFiles | None) -> TokenizerF
     return replace(
         before,
         added=added,
-        unplaced=(*before.unplaced, *dict.fromkeys(fresh)),
+        unplaced=(*(text for text in before.unplaced if text not in added), *dict.fromkeys(fresh)),
         add_bos=bos if isinstance(bos, bool) else before.add_bos,
         add_prefix_space=prefix if isinstance(prefix, bool) else before.add_prefix_space,
         legacy=legacy if isinstance(legacy, bool) else before.legacy,

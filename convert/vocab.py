@@ -42,8 +42,7 @@ def check_vocabulary(
 
     Raises InputError with one sentence, that names the wrong file, and the table of all sizes.
     """
-    sizes = _sizes(checkpoint, adapters, override)
-    table = _format(sizes)
+    table = size_table(checkpoint, adapters, override)
     try:
         rows = _follow(checkpoint, adapters, tied)
         tokenizer, left_out = _tokenizer_after(checkpoint, adapters, override, rows)
@@ -113,11 +112,11 @@ def _tokenizer_after(
     for adapter in adapters:
         current = next(iter(adapter.vocabulary_rows().values()), current)
         after = read_tokenizer(adapter.directory, tokenizer)
-        if after is tokenizer or after is None:
+        if after is None:
             continue
         if tokenizer is not None and after.model != tokenizer.model:
             _check_extends(tokenizer, after)
-        if after != tokenizer:
+        if tokenizer is None or after.file != tokenizer.file or after.size != tokenizer.size:
             _fit(after, current, checkpoint)
         tokenizer = after
     if tokenizer is None:
@@ -192,6 +191,20 @@ def _better_order(
     return fitting[0] if len(fitting) == 1 else ()
 
 
+def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None = None) -> str:
+    """Every vocabulary size that any file states, as lines for people."""
+    sizes = _sizes(checkpoint, adapters, override)
+    width = max(len(what) for _, what, _ in sizes)
+    lines = ["vocabulary sizes found:"]
+    last = ""
+    for directory, what, size in sizes:
+        if directory != last:
+            lines.append(f"  {directory}")
+            last = directory
+        lines.append(f"    {what:<{width}}  {size}")
+    return "\n".join(lines)
+
+
 def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None) -> list[tuple[str, str, object]]:
     """(directory, what, size) of every vocabulary size that any file states."""
     found: list[tuple[str, str, object]] = []
@@ -215,15 +228,3 @@ def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path |
         given = read_tokenizer(override, None)
         found.append((str(override), "tokenizer", given.size if given else "none"))
     return found
-
-
-def _format(sizes: Sequence[tuple[str, str, object]]) -> str:
-    width = max(len(what) for _, what, _ in sizes)
-    lines = ["vocabulary sizes found:"]
-    last = ""
-    for directory, what, size in sizes:
-        if directory != last:
-            lines.append(f"  {directory}")
-            last = directory
-        lines.append(f"    {what:<{width}}  {size}")
-    return "\n".join(lines)

@@ -196,6 +196,5 @@ def assert_agrees(reference: np.ndarray, ours: np.ndarray, mean: float, peak: fl
     spread = entropy(reference).mean()
     assert 1 < spread < 6, f"a mean entropy of {spread:.2f} nats makes the bound meaningless"
     kl = divergence(reference, ours)
-    print(f"KL mean {kl.mean():.2e}, max {kl.max():.2e}, entropy {spread:.2f}")
     assert kl.mean() < mean, f"mean KL {kl.mean():.2e}, the bound is {mean}"
     assert kl.max() < peak, f"KL {kl.max():.2e} at position {kl.argmax()}, the bound is {peak}"

@@ -306,6 +306,7 @@ def test_adapter_of_another_size_names_both(
     found = refusal(large, tmp_path / "small")
     assert "mlp.down_proj.weight is for shape [96, 224] and the base has [160, 320]" in found
     assert "hidden size 160" in found
+    assert "vocabulary sizes found:" in found
 
 
 def test_adapter_of_a_deeper_model_lists_what_fits_nothing(base: Path, tmp_path: Path, tokenizer_model: bytes) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import fuzz_cnl
 import models
-import numpy as np
 import pytest
 
 FAILED, WRONG_INPUT = 1, 2
@@ -107,9 +106,9 @@ def test_a_bit_flipped_in_the_weights_is_found_by_verify(tiny_cnl: Path, tmp_pat
     data = tiny_cnl.read_bytes()
     file.write_bytes(flip(data, len(data) // 2))
     done = models.command("cnllama", "verify", file)
-    assert done.returncode in (FAILED, WRONG_INPUT), done.stderr
+    assert done.returncode == FAILED, done.stderr
+    assert "FAILED  content" in done.stdout
     assert "Traceback" not in done.stderr
-    assert file.name in done.stdout + done.stderr
     assert models.command("cnllama", "verify", tiny_cnl).returncode == 0
 
 
@@ -172,13 +171,11 @@ def test_a_context_over_the_trained_length_is_a_warning(tiny_cnl: Path) -> None:
     assert "1024" in done.stderr.replace(",", "")
 
 
-def test_an_empty_prompt_runs_or_is_one_sentence(tiny_cnl: Path) -> None:
-    for options in (["--raw"], ["--template", "alpaca"]):
-        done = run(tiny_cnl, *options, "-p", "", "-n", 4)
-        if done.returncode:
-            assert_refused(done, WRONG_INPUT, "prompt")
-        else:
-            assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("template", ["raw", "alpaca"])
+def test_an_empty_prompt_runs_from_the_token_before_it(tiny_cnl: Path, template: str) -> None:
+    done = run(tiny_cnl, "--template", template, "-p", "", "-n", 4, "--temp", 0)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_n_zero_prints_nothing_and_succeeds(tiny_cnl: Path) -> None:
@@ -200,6 +197,7 @@ def test_n_zero_prints_nothing_and_succeeds(tiny_cnl: Path) -> None:
         (["-n", "-5"], ["-5"]),
         (["--ctx", "0"], ["0"]),
         (["--ctx", "-8"], ["-8"]),
+        (["--ctx", str(1 << 30)], [str(1 << 30)]),
         (["--threads", "-2"], ["-2"]),
         (["--kv", "fp8"], ["fp8", "int8"]),
     ],
@@ -215,14 +213,11 @@ def test_options_out_of_range(tiny_cnl: Path, options: list[str], words: list[st
 
 def test_an_instruction_set_that_the_machine_lacks(tiny_cnl: Path) -> None:
     done = prompt(tiny_cnl, env=os.environ | {"CNLLAMA_ISA": "avx1024"})
-    assert done.returncode == WRONG_INPUT, done.stderr
     assert_refused(done, WRONG_INPUT, "avx1024", "scalar")
 
 
 def test_debug_gives_the_traceback(tmp_path: Path) -> None:
-    done = models.command("cnllama", "--debug", "info", tmp_path / "no.cnl")
-    if done.returncode == WRONG_INPUT and "unrecognized" in done.stderr:
-        done = models.command("cnllama", "info", tmp_path / "no.cnl", "--debug")
+    done = models.command("cnllama", "info", tmp_path / "no.cnl", "--debug")
     assert done.returncode == WRONG_INPUT
     assert "Traceback" in done.stderr
 
@@ -355,17 +350,7 @@ def test_a_full_disk_is_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_weights_too_few_for_the_process(tiny_cnl: Path) -> None:
-    """A context that no memory could hold is refused with a sentence, not by the kernel's killer."""
-    done = prompt(tiny_cnl, "--ctx", 1 << 24)
-    assert done.returncode in (0, WRONG_INPUT, FAILED), done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_prompt_bytes_that_are_no_text(tiny_cnl: Path, tmp_path: Path) -> None:
+def test_a_prompt_file_that_is_no_text(tiny_cnl: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
-    file.write_bytes(np.random.default_rng(0).integers(128, 255, 64).astype(np.uint8).tobytes())
-    done = run(tiny_cnl, "-f", file, "-n", 2)
-    if done.returncode:
-        assert_refused(done, WRONG_INPUT, "prompt.txt")
-    assert "Traceback" not in done.stderr
+    file.write_bytes(b"\x81\x20\xff\x00\x9f")
+    assert_refused(run(tiny_cnl, "-f", file, "-n", 2), WRONG_INPUT, "prompt.txt", "UTF-8")

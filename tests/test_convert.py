@@ -217,7 +217,7 @@ def test_generation_defaults(base: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     convert(base, [], tmp_path / "x.cnl")
     assert open_cnl(tmp_path / "x.cnl").generation == {
-        "eos_token_ids": [2, 7], "bos_token_id": 1, "temperature": 0.6, "top_p": 0.9, "repeat_penalty": 1.1
+        "eos_token_ids": [2, 7], "bos_token_id": 1, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1
     }  # fmt: skip
     write_json(base / "generation_config.json", {"temperature": 0.6})
     write_json(base / "config.json", json.loads((base / "config.json").read_text()) | {"eos_token_id": None})
@@ -249,6 +249,17 @@ def test_command_writes_file_and_report(tiny_llama: Path, tmp_path: Path) -> Non
     assert command("cnllama", "verify", out).returncode == 0
 
 
+def test_safetensors_need_no_torch(tiny_llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from cnllama.convert.pack import convert\n"
+        "convert(Path(sys.argv[1]), [], Path(sys.argv[2]))\n"
+        "assert not {'torch', 'transformers', 'peft', 'safetensors'} & set(sys.modules)"
+    )
+    arguments = [sys.executable, "-c", code, str(tiny_llama), str(tmp_path / "x.cnl")]
+    done = subprocess.run(arguments, capture_output=True, encoding="utf-8", timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_command_refuses_in_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.cnl"
     for arguments, expected in (
@@ -258,6 +269,7 @@ def test_command_refuses_in_one_sentence(tiny_llama: Path, tmp_path: Path) -> No
         ([tiny_llama, "-o", out, "--template", "vicuna"], "--template 'vicuna' is unknown, expected one of"),
         ([tiny_llama, "-o", out, "--quant", "q3"], "invalid choice"),
         ([tiny_llama, "-o", out, "--threads", "-1"], "--threads is -1"),
+        ([tiny_llama, "-o", out, "--report", tmp_path / "no" / "x.json"], "no such file or directory"),
         ([tiny_llama, "-o", out, "--lora", tiny_llama], "this is a whole model"),
     ):
         done = command("cnllama.convert", *arguments)
@@ -389,10 +401,10 @@ def ordinary_user() -> Iterator[Path]:
 def test_directories_without_permission(packed: Path, base: Path, ordinary_user: Path) -> None:
     closed = ordinary_user / "closed"
     closed.mkdir(mode=0o500)
-    with pytest.raises(InputError, match="closed.*: no permission"):
+    with pytest.raises(InputError, match=r"closed.*: no permission"):
         Output(closed / "x.cnl")
     closed.chmod(0)
-    with pytest.raises(InputError, match="closed.*: no permission"):
+    with pytest.raises(InputError, match=r"closed.*: no permission"):
         convert(closed, [], ordinary_user / "x.cnl")
-    with pytest.raises(InputError, match="closed.*: no permission"):
+    with pytest.raises(InputError, match=r"closed.*: no permission"):
         open_cnl(closed / "x.cnl")

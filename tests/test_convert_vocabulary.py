@@ -54,7 +54,7 @@ class Recipe:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    english, chinese = train_tokenizer(english_lines(), 400), train_tokenizer(chinese_lines(), 500)
+    english, chinese = train_tokenizer(english_lines(), 400), train_tokenizer(chinese_lines(), 900)
     return Recipe(tmp_path_factory.mktemp("recipe"), english, chinese)
 
 
@@ -188,12 +188,16 @@ def test_tokenizer_smaller_than_the_rows(recipe: Recipe, mine: tuple[Path, Path,
     assert make_plan(base, tokenizer=recipe.first).vocabulary.tokenizer.pieces == recipe.large
 
 
-def test_adapter_with_a_tokenizer_but_no_rows(recipe: Recipe, mine: tuple[Path, Path, Path]) -> None:
+def keep_lora_only(adapter: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    _, first, _ = mine
-    path = first / "adapter_model.safetensors"
+    path = adapter / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if "lora_" in k}, path)
+
+
+def test_adapter_with_a_tokenizer_but_no_rows(recipe: Recipe, mine: tuple[Path, Path, Path]) -> None:
+    _, first, _ = mine
+    keep_lora_only(first)
     found = refusal(recipe.base, first)
     assert f"{first / 'tokenizer.model'}: the tokenizer has {recipe.large} tokens" in found
     assert "new rows are missing" in found
@@ -218,6 +222,7 @@ def test_lora_on_rows_that_are_not_there(recipe: Recipe, tmp_path: Path) -> None
     model = load_transformers(json.loads((grown / "config.json").read_text()), load_file(grown / "model.safetensors"))
     targets = ["q_proj", "lm_head"]
     make_adapter(model, tmp_path / "a", recipe.tokenizers[1], target_modules=targets, modules_to_save=None)
+    keep_lora_only(tmp_path / "a")  # new versions of peft save the matrix under the LoRA as well
     found = refusal(recipe.base, tmp_path / "a")
     assert f"its LoRA of {HEAD} is for {recipe.large} rows, but what it follows has {recipe.small}" in found
     assert make_plan(recipe.base, [recipe.first, tmp_path / "a"]).config["vocab_size"] == recipe.large
@@ -253,13 +258,12 @@ def test_every_way_to_add_a_token_counts(recipe: Recipe, mine: tuple[Path, Path,
     base, rows = mine[0], recipe.small
     for leftover in ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"):
         (base / leftover).unlink(missing_ok=True)
+    decoder = {"1": {"content": "<s>"}, str(rows): {"content": "[PAD]"}}
     write_json(
         base / file,
         {
             "added_tokens.json": {"[PAD]": rows},
-            "tokenizer_config.json": {
-                "added_tokens_decoder": {"1": {"content": "<s>"}, str(rows): {"content": "[PAD]"}}
-            },
+            "tokenizer_config.json": {"added_tokens_decoder": decoder},
             "tokenizer.json": {"added_tokens": [{"id": 2, "content": "</s>"}, {"id": rows, "content": "[PAD]"}]},
             "special_tokens_map.json": {"pad_token": {"content": "[PAD]"}, "bos_token": "<s>", "eos_token": ""},
         }[file],
@@ -310,3 +314,22 @@ def test_rows_of_an_old_merge_in_bin_shards(recipe: Recipe, tmp_path: Path) -> N
     write_json(base / "added_tokens.json", {"[PAD]": recipe.large})
     convert(base, [], tmp_path / "x.cnl")
     assert open_cnl(tmp_path / "x.cnl").vocab_size == recipe.large + 1
+
+
+def test_only_the_last_adapter_carries_a_tokenizer(recipe: Recipe, mine: tuple[Path, Path, Path]) -> None:
+    _, first, second = mine
+    (first / "tokenizer.model").unlink()
+    write_json(first / "tokenizer_config.json", {"add_bos_token": True})
+    assert_equals_peft(make_plan(recipe.base, [first, second]), recipe.merged)
+    assert f"the tokenizer has {recipe.small} tokens but the model has {recipe.large} rows" in refusal(
+        recipe.base, first
+    )
+
+
+def test_added_token_of_an_adapter_without_a_model(recipe: Recipe, mine: tuple[Path, Path, Path]) -> None:
+    """[PAD] in the Alpaca step's added_tokens.json, the pieces from the step before it."""
+    second = mine[2]
+    (second / "tokenizer.model").unlink()
+    files = make_plan(recipe.base, [recipe.first, second]).vocabulary.tokenizer
+    assert files.file == recipe.first / "tokenizer.model"
+    assert files.settings()["added_tokens"] == {"[PAD]": recipe.large}

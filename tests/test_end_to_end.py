@@ -23,7 +23,7 @@ torch = pytest.importorskip("torch", reason="the adapters are made by peft, whic
 pytest.importorskip("peft", reason="the adapters are made by peft")
 
 # A weight of 4 bits is off by about 7 % of its row, and a random model has no redundancy to absorb it.
-UNQUANTIZED_KL = 0.5
+UNQUANTIZED_KL = 0.15  # measured 0.05 with 49,954 tokens, 0.02 with the small ones
 
 
 @dataclass
@@ -64,33 +64,31 @@ def cnllama_run(*args: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def real_road(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Road:
+def real_road(folder: Path, shared_data: Path) -> Road:
     """32,000 -> 49,953 -> 49,954 with the released tokenizers."""
     tokenizers = shared_data / "tokenizers"
     base = (tokenizers / "llama.model").read_bytes()
     merged = models.merge_tokenizers(base, (tokenizers / "chinese_sp_20k.model").read_bytes())
     assert models.piece_count(merged) == 49953
     shape = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return travel(tmp_path_factory.mktemp("real"), base, merged, num_hidden_layers=2, **shape)
+    return travel(folder, base, merged, num_hidden_layers=2, **shape)
 
 
-@pytest.fixture(scope="module", params=["safetensors", "bin"])
-def small_road(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Road:
-    """The same path with two tokenizers trained here; once in safetensors, once in sharded .bin files."""
+def small_road(folder: Path, *, safe: bool) -> Road:
+    """The same path with two tokenizers trained here, in safetensors or in sharded .bin files."""
     base = models.train_tokenizer(models.english_lines(), 500)
     merged = models.merge_tokenizers(base, models.train_tokenizer(models.chinese_lines(), 900))
-    kind = str(request.param)
-    options: dict[str, Any] = {} if kind == "safetensors" else {"kind": "bin", "shards": 2}
-    return travel(tmp_path_factory.mktemp(kind), base, merged, safe=kind == "safetensors", **options)
+    options: dict[str, Any] = {} if safe else {"kind": "bin", "shards": 2}
+    return travel(folder, base, merged, safe=safe, **options)
 
 
-@pytest.fixture(scope="module", params=["real", "small"])
-def road(request: pytest.FixtureRequest) -> Road:
-    """Every test below runs on the real tokenizers, where shared data are present, and on trained ones everywhere."""
+@pytest.fixture(scope="module", params=["real", "small", "small-bin"])
+def road(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Road:
+    """With the real tokenizers, where shared data are present, and with trained ones everywhere."""
+    folder = tmp_path_factory.mktemp(request.param)
     if request.param == "real":
-        return request.getfixturevalue("real_road")
-    return request.getfixturevalue("small_road")
+        return real_road(folder, request.getfixturevalue("shared_data"))
+    return small_road(folder, safe=request.param == "small")
 
 
 PROMPT = "从前有一个农夫,他每天都到田里去 work. 1984"
@@ -141,15 +139,14 @@ def test_logits_agree_with_transformers_and_peft(road: Road) -> None:
 
 
 def test_run_streams_text_on_the_terminal(road: Road) -> None:
-    first = cnllama_run("-m", road.cnl, "--raw", "-p", PROMPT, "-n", 24)
+    options = ("-m", road.cnl, "--raw", "-p", PROMPT, "-n", 24, "--temp", 0, "--ctx", 256)
+    first = cnllama_run(*options)
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip()
-    assert "\ufffd" not in first.stdout.rstrip("\ufffd\n")
-    again = cnllama_run("-m", road.cnl, "--raw", "-p", PROMPT, "-n", 24, "--threads", 1)
-    assert again.stdout == first.stdout, "greedy text changed with the number of threads"
-    with LLM(road.cnl) as llm:
+    assert cnllama_run(*options, "--threads", 1).stdout == first.stdout, "the text changed with the number of threads"
+    with LLM(road.cnl, ctx=256, template="raw") as llm:
         text = "".join(llm.stream(PROMPT, temperature=0.0, max_tokens=24))
-    assert first.stdout.strip() == text.strip()
+    assert first.stdout.rstrip("\n") == text.rstrip("\n")
 
 
 def test_chat_template_runs(road: Road) -> None:

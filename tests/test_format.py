@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from cnllama.format import CnlWriter, header_hash, open_cnl, stored_bytes
 
 Header = dict[str, Any]
 EMBED = "model.embed_tokens.weight"
+EMPTY = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -118,6 +117,7 @@ MUTATIONS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "value repeats a key": (text("source", '{"a":1,"a":2}'), "occurs twice"),
     "value is NaN": (text("generation", '{"temperature":NaN}'), "not valid JSON"),
     "value is a huge integer": (text("generation", '{"top_k":' + "9" * 5000 + "}"), "not valid JSON"),
+    "name with a line break": (lambda h: h.update({"a\nb": EMPTY}), "a tensor is called"),
     "entry is a list": (lambda h: h.update({EMBED: [1]}), "no object"),
     "dtype unknown": (entry(EMBED, dtype="Q4"), "dtype 'Q4'"),
     "dtype is null": (entry(EMBED, dtype=None), "dtype None"),
@@ -141,7 +141,7 @@ MUTATIONS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "offsets end early": (lambda h: h.pop("tokenizer.model"), "the tensors end at byte"),
     "size shorter than shape": (shift(EMBED, 0, -64), "its shape asks for"),
     "two tensors exchanged": (swap_entries, "is stored as"),
-    "tensor only in the header": (lambda h: h.update(extra={"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}), "not both"),
+    "tensor only in the header": (lambda h: h.update(extra=EMPTY), "not both"),
     "tensor only in the table": (row("extra", "f32", 16, 1), "not both"),
     "tensor renamed": (rename(Q0, "model.layers.0.self_attn.q_norm.weight"), f"{Q0!r} is missing"),
     "tensor of a layer too many": (
@@ -196,6 +196,7 @@ MUTATIONS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "tokenizer flag a string": (metadata("tokenizer", lambda t: t.update(add_bos="yes")), "add_bos"),
     "added tokens a list": (metadata("tokenizer", lambda t: t.update(added_tokens=["x"])), "added tokens"),
     "added token outside": (metadata("tokenizer", lambda t: t.update(added_tokens={"x": 1 << 20})), "added tokens"),
+    "added token no text": (metadata("tokenizer", lambda t: t.update(added_tokens={"\ud800": 5})), "has no text"),
     "added tokens share an id": (metadata("tokenizer", lambda t: t.update(added_tokens={"x": 5, "y": 5})), "share"),
     "tokenizer hash wrong": (metadata("tokenizer", lambda t: t.update(sha256="0" * 64)), "does not match its hash"),
     "tokenizer length wrong": (
@@ -284,12 +285,8 @@ def test_paths_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="directory"):
         open_cnl(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; from cnllama.container import map_file; from pathlib import Path\n"
-         "try: map_file(Path('/dev/null'))\nexcept Exception as e: print(type(e).__name__, e)"],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert done.stdout.startswith("InputError /dev/null: this is no regular file")
+    with pytest.raises(InputError, match="this is no regular file"):
+        open_cnl(tmp_path / "pipe")
     denied = from_os_error(tmp_path, PermissionError(errno.EACCES, "Permission denied"))
     assert isinstance(denied, InputError)
     assert "no permission" in str(denied)
@@ -372,6 +369,19 @@ def test_exception_leaves_nothing_and_keeps_the_old_file(tmp_path: Path) -> None
     assert path.read_text() == "old"
 
 
+def test_symbolic_link_is_written_through(tmp_path: Path) -> None:
+    path, values, table = small(tmp_path)
+    (tmp_path / "data").mkdir()
+    path.symlink_to(tmp_path / "data" / "real.cnl")
+    with CnlWriter(path, values, table) as writer:
+        writer.write("a", bytes(64))
+        writer.write("b", bytes(stored_bytes(*table["b"])))
+        writer.finish({})
+    assert path.is_symlink()
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["real.cnl"]
+    assert path.stat().st_size == writer.size
+
+
 def test_leftover_of_a_killed_run_is_removed_but_not_of_a_living_one(tmp_path: Path) -> None:
     path, values, table = small(tmp_path)
     (tmp_path / ".out.cnl.1.part").write_bytes(b"dead")
@@ -389,6 +399,9 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     _, values, table = small(tmp_path)
     with pytest.raises(InputError, match="this is a directory"):
         CnlWriter(tmp_path, values, table)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="this is no regular file"):
+        CnlWriter(tmp_path / "pipe", values, table)
     with pytest.raises(InputError, match="no such file or directory"):
         CnlWriter(tmp_path / "absent" / "out.cnl", values, table)
     with pytest.raises(InputError, match="name is too long"):
@@ -474,3 +487,9 @@ def test_config_check_keeps_known_keys_only(cnl: Path) -> None:
     assert check_config(good | {"unknown": 1}, "x") == good
     with pytest.raises(InputError, match="expected an object"):
         check_config([good], "x")
+
+
+def test_messages_quote_no_control_characters() -> None:
+    error = InputError("a\x1b[31mb\x1ec\ud800 中文😀\ntable")
+    assert str(error) == "a\\x1b[31mb\\x1ec\\ud800 中文😀\ntable"
+    assert len(str(error).splitlines()) == 2

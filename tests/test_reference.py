@@ -58,7 +58,7 @@ def test_float_forward_is_transformers(changes: dict[str, object]) -> None:
     with torch.no_grad():
         expected = models.load_transformers(config, dequantized)(torch.tensor([ids])).logits[0].numpy()
     # The only difference left is the cache's fp16.
-    assert np.abs(oracle.logits(ids) - expected).max() < 0.02 * expected.std()
+    assert np.abs(oracle.logits(ids) - expected).max() < 2e-3 * expected.std()
 
 
 def test_activations_are_int8_for_every_256_columns() -> None:

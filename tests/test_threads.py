@@ -138,7 +138,11 @@ def test_no_quota(tmp_path, text):
 def imported(isa):
     code = "from cnllama import _core; print(_core.isa())"
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "CNLLAMA_ISA": isa}, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CNLLAMA_ISA": isa},
+        check=False,
     )
 
 

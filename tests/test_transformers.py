@@ -20,7 +20,7 @@ pytest.importorskip("transformers", reason="the oracle is transformers")
 
 TOKENS = 512
 MEAN_KL, MAX_KL = 1e-3, 1e-2
-MEAN_KL_INT8, MAX_KL_INT8 = 2e-3, 2e-2
+MEAN_KL_INT8, MAX_KL_INT8 = 1e-3, 1e-2  # the int8 cache: measured within 10 % of the fp16 one
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mha": {"num_attention_heads": 3, "num_key_value_heads": 3},

@@ -13,6 +13,7 @@ HELP = "turn a LLaMA into a Chinese model: resize, pretrain, sft, merge; run rep
 
 # verb -> (module of cnllama.adapt, its functions for arguments and work, help)
 VERBS = {
+    "create": ("create", "add_arguments", "run", "make a new LLaMA with random weights"),
     "resize": ("resize", "add_resize_arguments", "run_resize", "grow the embeddings to a merged tokenizer"),
     "pretrain": ("pretrain", "add_arguments", "run", "train on running text"),
     "sft": ("sft", "add_arguments", "run", "train on instructions and answers"),
@@ -32,9 +33,16 @@ def _lazy(base: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
     """A parser that declares its verb's options when it is used: these modules need torch, which takes seconds."""
 
     class Verb(base):  # type: ignore[misc,valid-type]
+        declared = False
+
+        def declare(self) -> None:
+            if not self.declared:
+                self.declared = True
+                module, declare, _, _ = VERBS[self.get_default("verb")]
+                getattr(load(module), declare)(self)
+
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-            module, declare, _, _ = VERBS[self.get_default("verb")]
-            getattr(load(module), declare)(self)
+            self.declare()
             return super().parse_known_args(args, namespace)
 
     return Verb

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     with open_model(args) as llm:
         changes = sampling_changes(args)
         llm.defaults.with_changes(**changes)  # a wrong option ends the program here, not the first answer
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (input() then edits lines, wide characters included)
         print(describe(llm), file=sys.stderr)
         print(
             tr(

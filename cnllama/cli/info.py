@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cnllama import _core
+from cnllama.errors import printable
 from cnllama.format import CnlFile, open_cnl
 
 HELP = "show what is in a .cnl file"
@@ -23,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the description. Returns the exit code."""
     facts = describe(open_cnl(args.file))
-    print(json.dumps(facts, ensure_ascii=False) if args.json else "\n".join(lines(facts)))
+    text = json.dumps(facts, ensure_ascii=False) if args.json else "\n".join(lines(facts))
+    print(text.encode("utf-8", "replace").decode())  # JSON can spell surrogates, which no terminal takes
     return 0
 
 
@@ -73,8 +75,3 @@ def lines(facts: dict[str, Any]) -> list[str]:
     }
     width = max(map(len, rows))
     return [f"{key:<{width}}  {printable(str(value))}" for key, value in rows.items()]
-
-
-def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates escaped: it may come from a stranger's file."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -14,7 +14,7 @@ from typing import NoReturn
 from cnllama.errors import CnllamaError, InputError
 from cnllama.textio import configure_stdio, decode_argument, tr
 
-VERBS = ("run", "chat", "convert", "info", "verify", "plan", "adapt")
+VERBS = ("run", "chat", "convert", "info", "verify", "plan", "tokenizer", "adapt")
 INTERRUPTED = 130
 
 
@@ -38,14 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(tr("interrupted", "已中断"), INTERRUPTED, debug)
     except BrokenPipeError:
-        # Whoever read us has gone. Python would complain when it flushes at exit, so stdout is pointed elsewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()  # whoever read us has gone
         return 0
     except CnllamaError as error:
         return _failed(str(error), error.exit_code, debug)
     except MemoryError as error:
         message = tr("out of memory", "内存不足")
         return _failed(f"{message}: {error}" if str(error) else message, 1, debug)
+    except OSError as error:
+        _abandon_stdout()
+        return _failed(str(error), CnllamaError.exit_code, debug)
     except ImportError as error:
         # The native module refuses an instruction set that the machine lacks when it is imported.
         wrong_isa = str(error).startswith("CNLLAMA_ISA")
@@ -103,9 +105,14 @@ def _failed(message: str, code: int, debug: bool) -> int:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
     print(f"cnllama: {message}", file=sys.stderr)
     return code
+
+
+def _abandon_stdout() -> None:
+    """Points stdout at nothing: Python would complain, and change the exit code, when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

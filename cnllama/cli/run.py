@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             interrupted = _print_stream(stream, quiet=args.json)
         completion = stream.completion
         reason = "interrupted" if interrupted else completion.finish_reason
-        figures = _figures(llm, completion) if args.stats or args.json or interrupted else {}
+        figures = _figures(llm, completion, args.stats) if args.stats or args.json or interrupted else {}
         if args.json:
             print(json.dumps(_as_json(llm, completion, reason, figures), ensure_ascii=False))
         elif figures:
@@ -94,14 +94,15 @@ def _read_prompt(args: argparse.Namespace) -> str:
         return str(args.prompt)
     if args.file is not None:
         return read_text_file(args.file)
-    if sys.stdin is None or sys.stdin.isatty():
+    piped = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+    if not piped:
         raise InputError(
             tr(
                 'there is no prompt: give one with -p "...", with -f FILE, or pipe it in',
                 '没有提示：请用 -p "……"、-f 文件或管道输入',
             )
         )
-    return decode_text(sys.stdin.buffer.read(), tr("standard input", "标准输入")).removesuffix("\n")
+    return decode_text(piped, tr("standard input", "标准输入")).removesuffix("\n")
 
 
 def _print_stream(stream: Stream, quiet: bool) -> bool:
@@ -121,10 +122,10 @@ def _print_stream(stream: Stream, quiet: bool) -> bool:
     return False
 
 
-def _figures(llm: LLM, completion: Completion) -> dict[str, Any]:
+def _figures(llm: LLM, completion: Completion, bandwidth: bool) -> dict[str, Any]:
     from cnllama.stats import measure
 
-    return measure(llm, completion)
+    return measure(llm, completion, bandwidth)
 
 
 def _print_stats(completion: Completion, reason: str, figures: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cnllama.cli.info import printable
+from cnllama.errors import CnllamaError, printable
 from cnllama.format import CnlFile, open_cnl
 
 HELP = "re-check a .cnl file: hashes, tensors, fingerprint, tokenizer"
@@ -21,30 +21,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line per check. Returns 0 when all pass, 1 otherwise."""
+    """Prints one line per check. Raises CnllamaError when one fails."""
     file = open_cnl(args.file)
     other = open_cnl(args.against) if args.against else None
-    passed = _verify(file)
-    if other is not None:
-        passed = _compare(file, other) and passed
-    return 0 if passed else 1
+    failed = _verify(file)
+    if failed:
+        raise CnllamaError(
+            f"{file.path}: {', '.join(failed)} failed; the file is damaged, get it again or convert again"
+        )
+    if other is not None and not _compare(file, other):
+        raise CnllamaError(f"{file.path}: holds another model than {other.path}")
+    return 0
 
 
-def _verify(file: CnlFile) -> bool:
-    from cnllama.convert import parity
+def _verify(file: CnlFile) -> list[str]:
+    """Prints every check; the names of the failed ones."""
     from tqdm import tqdm
 
+    from cnllama.convert import parity
     from cnllama.verify import verify
 
     total = sum(t.rows * t.cols for t in file.tensors.values() if t.scheme != "raw")
-    passed = True
+    failed = []
     quiet = not sys.stderr.isatty()
     with tqdm(total=total, unit="w", unit_scale=True, desc="verifying", disable=quiet, file=sys.stderr) as bar:
         for check in verify(file, parity.check, bar.update):
-            passed &= check.passed
+            if not check.passed:
+                failed.append(check.name)
             bar.clear()
             print(f"{'ok    ' if check.passed else 'FAILED'}  {check.name:<10} {printable(check.detail)}", flush=True)
-    return passed
+    return failed
 
 
 def _compare(file: CnlFile, other: CnlFile) -> bool:
