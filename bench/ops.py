@@ -5,8 +5,8 @@
     python bench/ops.py --models 7b,13b,8b --tokens 1,4,128,512 --scheme q4-s64 --threads 1
 
 Few tokens are bound by memory: the weights' bytes a second, against a loop that only reads them, run in turn with the
-kernel on other copies of the matrix. Many tokens are bound by arithmetic: multiply-adds a clock cycle and thread, against
-the instruction set's own int8 multiply-add in registers, also run in turn. All figures are medians of the rounds, the
+kernel on other copies of the matrix. Many tokens are bound by arithmetic: multiply-adds a clock cycle and thread,
+against the instruction set's own int8 multiply-add in registers, also run in turn. Figures are medians of the rounds,
 percentages medians of the ratios within a round, because the neighbours of a virtual machine change by the minute. On a
 machine that does other work at the same time medians say little: --best takes the best of each side instead.
 Every result that is timed is compared bit for bit with the scalar kernel first.
@@ -15,6 +15,7 @@ Every result that is timed is compared bit for bit with the scalar kernel first.
 import argparse
 import statistics
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,51 +32,75 @@ COLD_BYTES = 160 << 20  # copies of a matrix that together miss every cache
 MEMORY_BOUND = 16  # tokens up to which the read loop is the limit
 
 
-def check(bench, scheme, rows, cols, x, out):
+@dataclass(frozen=True)
+class Matrix:
+    """What one op multiplies."""
+
+    label: str
+    scheme: str
+    rows: int
+    cols: int
+
+    @property
+    def bytes(self):
+        """Packed."""
+        return _core.packed_bytes(self.scheme, self.rows, self.cols)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How it is measured."""
+
+    threads: int
+    rounds: int
+    hertz: float
+    best: bool
+
+
+def check(bench, matrix, x, out):
     """The first 64 rows of `out` (copy 0) equal the scalar kernel's bits."""
-    some = min(64, rows)
-    packed = bench.packed(0)[: _core.packed_bytes(scheme, some, cols)]
-    expected = _core.ops.matmul(x, [(packed, scheme, some, None)], isa="scalar", threads=2)[0]
+    some = min(64, matrix.rows)
+    packed = bench.packed(0)[: _core.packed_bytes(matrix.scheme, some, matrix.cols)]
+    expected = _core.ops.matmul(x, [(packed, matrix.scheme, some, None)], isa="scalar", threads=2)[0]
     if not np.array_equal(out[:, :some].view(np.uint32), expected.view(np.uint32)):
-        sys.exit(f"wrong result: {scheme} {rows} x {cols}, {len(x)} tokens")
+        sys.exit(f"wrong result: {matrix}, {len(x)} tokens")
 
 
-def measure(scheme, rows, cols, tokens, threads, rounds):
-    """(seconds, limit's seconds) of each round, both for one matmul of `tokens` tokens."""
-    size = _core.packed_bytes(scheme, rows, cols)
-    copies = max(2, -(-COLD_BYTES // size)) if min(tokens) <= MEMORY_BOUND else 1
-    bench = _core.ops.MatmulBench(scheme, rows, cols, copies, threads)
+def measure(matrix, tokens, run):
+    """(tokens, [(seconds, the limit's seconds) of each round]) of one matmul, for each number of tokens."""
+    copies = max(2, -(-COLD_BYTES // matrix.bytes)) if min(tokens) <= MEMORY_BOUND else 1
+    bench = _core.ops.MatmulBench(matrix.scheme, matrix.rows, matrix.cols, copies, run.threads)
     rng = np.random.default_rng(0)
     for m in tokens:
-        x = rng.standard_normal((m, cols)).astype(np.float32)
-        out = np.empty((m, rows), np.float32)
+        x = rng.standard_normal((m, matrix.cols)).astype(np.float32)
+        out = np.empty((m, matrix.rows), np.float32)
         bench.run(x, 0, out)
-        check(bench, scheme, rows, cols, x, out)
+        check(bench, matrix, x, out)
         pairs = []
-        for i in range(rounds):
+        for i in range(run.rounds):
             if m <= MEMORY_BOUND:
                 limit = bench.read(i % copies)
                 pairs.append((bench.run(x, (i + copies // 2) % copies, out), limit))
             else:
-                peak = _core.ops.int8_peak(threads, 0.02)
-                pairs.append((bench.run(x, i % copies, out), m * rows * cols / peak))
-        yield m, size, pairs
+                limit = m * matrix.rows * matrix.cols / _core.ops.int8_peak(run.threads, 0.02)
+                pairs.append((bench.run(x, i % copies, out), limit))
+        yield m, pairs
 
 
-def report(label, scheme, rows, cols, m, size, pairs, hertz, threads, best):
+def report(matrix, m, pairs, run):
     """One line of the table."""
-    seconds = statistics.median(s for s, _ in pairs)
-    share = statistics.median(limit / s for s, limit in pairs)
-    if best:
+    shares = [limit / s for s, limit in pairs]
+    seconds, share = statistics.median(s for s, _ in pairs), statistics.median(shares)
+    if run.best:
         seconds = min(s for s, _ in pairs)
         share = min(limit for _, limit in pairs) / seconds
-    low, high = min(limit / s for s, limit in pairs), max(limit / s for s, limit in pairs)
-    rate = size / seconds / 1e9 if m <= MEMORY_BOUND else m * rows * cols / seconds / hertz / threads
-    unit = "GB/s" if m <= MEMORY_BOUND else "MAC/cycle"
-    print(
-        f"| {label} | {scheme} | {rows} x {cols} | {m} | {rate:.1f} {unit} | {share:.0%} | {low:.0%} - {high:.0%} |",
-        flush=True,
-    )
+    if m <= MEMORY_BOUND:
+        rate = f"{matrix.bytes / seconds / 1e9:.1f} GB/s"
+    else:
+        rate = f"{m * matrix.rows * matrix.cols / seconds / run.hertz / run.threads:.1f} MAC/cycle"
+    size = f"{matrix.rows} x {matrix.cols}"
+    spread = f"{min(shares):.0%} - {max(shares):.0%}"
+    print(f"| {matrix.label} | {matrix.scheme} | {size} | {m} | {rate} | {share:.0%} | {spread} |", flush=True)
 
 
 def main():
@@ -93,19 +118,21 @@ def main():
     if args.isa:
         _core.use_isa(args.isa)
     threads = args.threads or _core.cpu_info()["default_threads"]
+    run = Run(threads, args.rounds, _core.ops.clock_hz(), args.best)
     tokens = [int(t) for t in args.tokens.split(",")]
-    hertz = _core.ops.clock_hz()
     peak = _core.ops.int8_peak(threads, 0.2)
-    print(f"{_core.cpu_info()['model']}, {_core.isa()}, {threads} threads, clock {hertz / 1e9:.2f} GHz, int8 peak "
-          f"{peak / hertz / threads:.0f} MAC/cycle/thread ({peak / 1e9:.0f} G/s in all)\n")  # fmt: skip
+    print(
+        f"{_core.cpu_info()['model']}, {_core.isa()}, {threads} threads, clock {run.hertz / 1e9:.2f} GHz, int8 peak "
+        f"{peak / run.hertz / threads:.0f} MAC/cycle/thread ({peak / 1e9:.0f} G/s in all)\n"
+    )
     print("| matrix | scheme | rows x cols | tokens | rate | of limit | spread |\n|---|---|---|---|---|---|---|")
     for model in args.models.split(","):
         shapes = {**MODELS[model], "lm_head": HEADS[model]}
         for name in args.shapes.split(",") if args.shapes else shapes:
-            rows, cols = shapes[name]
             scheme = "q8-s64" if name == "lm_head" else args.scheme
-            for m, size, pairs in measure(scheme, rows, cols, tokens, threads, args.rounds):
-                report(f"{model} {name}", scheme, rows, cols, m, size, pairs, hertz, threads, args.best)
+            matrix = Matrix(f"{model} {name}", scheme, *shapes[name])
+            for m, pairs in measure(matrix, tokens, run):
+                report(matrix, m, pairs, run)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,11 @@ class Engine {
         float* out = logits.mutable_data();
         {
             py::gil_scoped_release release;
-            model_->step(entries, out);
+            try {
+                model_->step(entries, out);
+            } catch (const std::length_error& full) {
+                throw std::runtime_error(full.what());  // pybind11 would make a ValueError of it
+            }
         }
         return logits;
     }

@@ -75,7 +75,7 @@ def dequantize(packed, scheme, rows, cols):
 
 
 def pack(q, scale, low, scheme):
-    """Packed bytes of given integers [rows, cols] and fp16 scales and mins [rows, groups]; cols a multiple of a group."""
+    """Packed bytes of integers [rows, cols] and fp16 scales and mins [rows, groups]; cols a multiple of the group."""
     s = SCHEMES[scheme]
     rows, cols = q.shape
     padded = round_up(rows, 32)

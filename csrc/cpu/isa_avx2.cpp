@@ -8,7 +8,7 @@
 namespace cnl::cpu {
 namespace {
 #include "vec_avx2.hpp"
-// separate: clang-format must not reorder
+// after the vectors
 #include "kernels.inl"
 }  // namespace
 

@@ -12,7 +12,7 @@
 namespace cnl::cpu {
 namespace {
 #include "vec_avx512.hpp"
-// separate: clang-format must not reorder
+// after the vectors
 #include "kernels.inl"
 }  // namespace
 

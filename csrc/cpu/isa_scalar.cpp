@@ -6,7 +6,7 @@
 namespace cnl::cpu {
 namespace {
 #include "vec_scalar.hpp"
-// separate: clang-format must not reorder
+// after the vectors
 #include "kernels.inl"
 }  // namespace
 

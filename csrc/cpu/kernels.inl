@@ -3,7 +3,7 @@
 // after its vec_*.hpp.
 
 #include "kernels_float.inl"
-// after exp_f32 and zeros
+// after the functions above
 #include "kernels_attention.inl"
 #include "kernels_matmul.inl"
 #include "kernels_quantize.inl"
