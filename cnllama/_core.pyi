@@ -23,8 +23,13 @@ def quantize(weight: FloatArray, scheme: str, threads: int = 0) -> tuple[ByteArr
     Raises ValueError for NaN or infinity (naming row and column), and for an unknown scheme.
     """
 
-def dequantize(packed: ByteArray, scheme: str, rows: int, cols: int, row_begin: int = 0, row_end: int = -1) -> FloatArray:
-    """float32 [row_end - row_begin, cols] of a packed matrix [rows, cols]. Raises ValueError when sizes do not match."""
+def dequantize(
+    packed: ByteArray, scheme: str, rows: int, cols: int, row_begin: int = 0, row_end: int = -1
+) -> FloatArray:
+    """float32 [row_end - row_begin, cols] of a packed matrix [rows, cols].
+
+    Raises ValueError when sizes do not match.
+    """
 
 def isa() -> str: ...
 def isas() -> list[str]:
@@ -74,9 +79,9 @@ class Engine:
         """Runs [(sequence, int32 token ids, all_logits)] in one pass and appends them to the cache.
 
         Returns float32 [rows, vocab_size]: in batch order, one row for an entry's last token, or one for each of its
-        tokens with all_logits. At most max_step_tokens tokens in all; a sequence may occur once. Raises ValueError for a
-        bad id, an empty entry or too many tokens, RuntimeError with both numbers when the cache is full; the cache is
-        unchanged then. The GIL is released while it runs.
+        tokens with all_logits. At most max_step_tokens tokens in all; a sequence may occur once. Raises ValueError for
+        a bad id, an empty entry or too many tokens, RuntimeError with both numbers when the cache is full; the cache
+        is unchanged then. The GIL is released while it runs.
         """
 
     def memory(self) -> dict[str, int]:
@@ -104,7 +109,8 @@ class Sampler:
     def sample(
         self, logits: FloatArray, banned: Sequence[int] = (), logprobs: int = 0
     ) -> tuple[int, float, list[tuple[int, float]]]:
-        """(token, its log probability, the `logprobs` most likely as (id, log probability)). The log probabilities are of
-        the unmodified distribution, softmax(logits). `banned` ids cannot be chosen. The token is added to the history.
-        Raises ValueError when logits hold NaN or no token is left.
+        """(token, its log probability, the `logprobs` most likely as (id, log probability)).
+
+        The log probabilities are of the unmodified distribution, softmax(logits). `banned` ids cannot be chosen. The
+        token is added to the history. Raises ValueError when logits hold NaN or no token is left.
         """

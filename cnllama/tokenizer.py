@@ -35,8 +35,10 @@ class Tokenizer:
                 raise ValueError("it is empty")
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:
+            reason = " ".join(str(error).split())  # SentencePiece quotes the damaged bytes, line breaks and all
             raise InputError(
-                f"the tokenizer is not a SentencePiece model ({error}): convert again with the original tokenizer.model"
+                f"the tokenizer is not a SentencePiece model ({reason}): "
+                "convert again with the original tokenizer.model"
             ) from error
         self.pieces = int(self._sp.get_piece_size())
         self.bos_id = int(self._sp.bos_id())

@@ -41,13 +41,13 @@ def check(file: CnlFile) -> str | None:
 
 
 def _encoded(model: bytes, settings: Mapping[str, Any], where: str) -> Iterator[tuple[str, list[int], list[int]]]:
+    tokenizer = Tokenizer(model, dict(settings))  # first: it refuses a damaged model in one sentence
     original = load_sentencepiece(model, where)
     dummy_prefix = settings["add_dummy_prefix"]
     if original.encode("a", out_type=str)[0].startswith("\u2581") != dummy_prefix:
         # A message's repeated field is merged into the first: this sets normalizer_spec.add_dummy_prefix alone.
         patched = model + bytes([0x1A, 2, 0x18, dummy_prefix])
         original = load_sentencepiece(patched, where)
-    tokenizer = Tokenizer(model, dict(settings))
     for text in TEXTS:
         yield text, original.encode(text), tokenizer.encode(text)
 
