@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face checkpoints out: safetensors files written a few rows at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnllama.container import DTYPE_BYTES, Output
+from cnllama.convert.checkpoint import FloatArray, SourceTensor
+from cnllama.errors import InputError
+
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to be written: read(begin, end) gives float32 rows, stored as `dtype` (F16, BF16 or F32)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[int, int], FloatArray]
+    release: Callable[[], None]
+
+    @classmethod
+    def copy_of(cls, source: SourceTensor) -> OutTensor:
+        """The same values in the same type. Raises InputError for a type that holds no weights."""
+        if source.dtype not in ("F16", "BF16", "F32"):
+            raise InputError(f"{source.file}: tensor {source.name} has dtype {source.dtype}, expected F16, BF16 or F32")
+        return cls(source.dtype, source.shape, source.read, source.release)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, OutTensor], advance: Callable[[int], object] = lambda _: None
+) -> None:
+    """Writes the tensors in the given order, under the final name only when complete.
+
+    advance: called with the bytes of every piece written. Raises CnllamaError for a full disk, InputError for NaN or
+    infinity in a tensor and for a place that cannot be written.
+    """
+    header = _header(tensors)
+    output = Output(path)
+    try:
+        output.write(header, 0)
+        offset = len(header)
+        for name, tensor in tensors.items():
+            for values in _chunks(path, name, tensor):
+                data = encode(values, tensor.dtype)
+                output.write(data, offset)
+                offset += len(data)
+                advance(len(data))
+            tensor.release()
+        output.commit()
+    except BaseException:
+        output.discard()
+        raise
+
+
+def _header(tensors: Mapping[str, OutTensor]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        table[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _chunks(path: Path, name: str, tensor: OutTensor) -> Iterator[FloatArray]:
+    rows = tensor.shape[0] if tensor.shape else 1
+    step = max(1, _CHUNK_BYTES // max(1, 4 * math.prod(tensor.shape[1:])))
+    for begin in range(0, rows, step):
+        values = tensor.read(begin, min(begin + step, rows))
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: tensor {name} would hold NaN or infinity; the source is damaged, get it again")
+        yield values
+
+
+def encode(values: FloatArray, dtype: str) -> bytes:
+    """float32 values as the bytes of a safetensors type, rounded to the nearest, ties to even."""
+    if dtype == "F32":
+        return np.ascontiguousarray(values, np.float32).tobytes()
+    if dtype == "F16":
+        return bytes(values.astype(np.float16).data)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = bits + (((bits >> 16) & 1) + 0x7FFF)
+    return bytes((rounded >> 16).astype(np.uint16).data)

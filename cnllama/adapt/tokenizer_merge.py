@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Appends the pieces of one SentencePiece model to another, and writes Hugging Face tokenizer directories.
+
+A model file is a Protocol Buffers message whose first field repeats, once for each piece. New pieces are put in behind
+the last one, and every other byte stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnllama.adapt.output import write_file, write_json
+from cnllama.convert.tokenizers import ADDED, CONFIG, MODEL, SPECIAL, TokenizerFiles, read_tokenizer
+from cnllama.errors import InputError, from_os_error
+
+PAD = "[PAD]"
+_PIECES = 1
+_NORMAL, _USER_DEFINED = 1, 4
+_DELIMITED, _FIXED = 2, {1: 8, 5: 4}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model and what became of the pieces. present: pieces of the new model that the base had already."""
+
+    model: bytes
+    base: int
+    added: int
+    present: int
+    user_defined: int
+    pad: bool
+
+    @property
+    def pieces(self) -> int:
+        """Pieces in all."""
+        return self.base + self.added + self.user_defined + self.pad
+
+    @property
+    def sha256(self) -> str:
+        """Of the model's bytes."""
+        return hashlib.sha256(self.model).hexdigest()
+
+
+def open_model(path: Path) -> TokenizerFiles:
+    """A tokenizer.model file, or the one in a tokenizer or checkpoint directory. Raises InputError when it is none."""
+    if path.is_dir():
+        files = read_tokenizer(path, None)
+        if files is None:
+            raise InputError(f"{path}: there is no {MODEL} in this directory, expected a SentencePiece model")
+    else:
+        try:
+            files = TokenizerFiles(path, path.read_bytes())
+        except OSError as error:
+            raise from_os_error(path, error) from None
+    if not files.model:
+        raise InputError(f"{files.file}: the file is empty, expected a SentencePiece model; get it again")
+    files.processor.get_piece_size()
+    return files
+
+
+def merge_tokenizers(
+    base: TokenizerFiles, new: TokenizerFiles, *, user_defined: Sequence[str] = (), pad: bool = False
+) -> Merged:
+    """The base model with the new model's ordinary pieces, then `user_defined` ones, then `[PAD]`, all with score 0.
+
+    Pieces keep their order and the base keeps its ids; nothing occurs twice. Raises InputError when the base has tokens
+    beside its model, whose ids the new pieces would take, and when a user-defined piece or the pad exists already.
+    """
+    beside = {text: i for text, i in base.added.items() if i >= base.pieces}
+    if beside:
+        text, i = next(iter(beside.items()))
+        raise InputError(
+            f"{base.file.parent}: has {len(beside)} added tokens beside the model, such as {text!r:.40} with id {i}, "
+            "whose ids the new pieces would take; give the tokenizer.model file alone, and --pad for the Alpaca token"
+        )
+    old, end = _read_pieces(base)
+    have = {piece for piece, _ in old}
+    ordinary = [(piece, kind) for piece, kind in _read_pieces(new)[0] if kind in (_NORMAL, _USER_DEFINED)]
+    appended = [(piece, kind) for piece, kind in dict.fromkeys(ordinary) if piece not in have]
+    have.update(piece for piece, _ in appended)
+    for piece in [*user_defined, *([PAD] if pad else [])]:
+        if piece in have or not piece:
+            raise InputError(
+                f"the piece {piece!r:.40} {'is in the merged model already' if piece else 'is empty'}; drop it"
+            )
+        have.add(piece)
+    following = [*appended, *((piece, _USER_DEFINED) for piece in user_defined), *([(PAD, _NORMAL)] if pad else [])]
+    model = base.model[:end] + b"".join(_piece_message(*entry) for entry in following) + base.model[end:]
+    processor = TokenizerFiles(base.file, model).processor
+    if processor.id_to_piece(list(range(processor.get_piece_size()))) != [piece for piece, _ in [*old, *following]]:
+        raise InputError(f"{base.file}: SentencePiece does not read the merged model back; get the file again")
+    return Merged(model, len(old), len(appended), len(ordinary) - len(appended), len(user_defined), pad)
+
+
+def _piece_message(piece: str, kind: int) -> bytes:
+    """Field 1 of the model: {1: the text, 2: score 0.0, 3: the kind unless it is the ordinary one}."""
+    text = piece.encode("utf-8")
+    body = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", 0.0)
+    body += b"" if kind == _NORMAL else b"\x18" + _varint(kind)
+    return b"\x0a" + _varint(len(body)) + body
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _read_pieces(files: TokenizerFiles) -> tuple[list[tuple[str, int]], int]:
+    """[(text, kind)] of every piece by id, and where in the model's bytes the last one ends. Raises InputError."""
+    pieces: list[tuple[str, int]] = []
+    end = 0
+    try:
+        for number, value, after in _fields(files.model):
+            if number == _PIECES and isinstance(value, bytes):
+                fields = {n: v for n, v, _ in _fields(value)}
+                pieces.append((bytes(fields[1]).decode("utf-8"), int(fields.get(3, _NORMAL))))
+                end = after
+    except (IndexError, KeyError, TypeError, ValueError):
+        pieces = []
+    if len(pieces) != files.pieces:
+        raise InputError(f"{files.file}: this is no SentencePiece model; get the file again")
+    return pieces, end
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any, int]]:
+    """(field number, value, where it ends) of a Protocol Buffers message; fixed-size values come as bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _read_varint(message, at)
+        value: int | bytes
+        if tag & 7 == 0:
+            value, at = _read_varint(message, at)
+        else:
+            size, at = _read_varint(message, at) if tag & 7 == _DELIMITED else (_FIXED[tag & 7], at)
+            value, at = message[at : at + size], at + size
+        yield tag >> 3, value, at
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, at
+
+
+def write_tokenizer(out: Path, model: bytes, inputs: Sequence[Path] = ()) -> None:
+    """Writes a model: as the file `out` when its name ends in .model, else as a Hugging Face tokenizer directory.
+
+    The directory holds tokenizer.model, tokenizer_config.json and special_tokens_map.json. Raises InputError when `out`
+    is one of `inputs`, or a directory with files of another tokenizer that these would contradict.
+    """
+    directory = out.parent if out.suffix == ".model" else out
+    target = out if out.suffix == ".model" else out / MODEL
+    for path in inputs:
+        if path.exists() and target.exists() and (path / MODEL if path.is_dir() else path).samefile(target):
+            raise InputError(f"{target}: this is one of the inputs and would be overwritten; choose another name")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(directory, error) from None
+    if out.suffix == ".model":
+        write_file(target, model)
+        return
+    for name in ("tokenizer.json", ADDED):
+        if (out / name).exists():
+            raise InputError(f"{out / name}: belongs to another tokenizer; choose an empty directory or remove it")
+    config, special = tokenizer_settings(TokenizerFiles(target, model))
+    # The model last: a directory without it is clearly unfinished.
+    write_json(out / CONFIG, config)
+    write_json(out / SPECIAL, special)
+    write_file(target, model)
+
+
+def tokenizer_settings(files: TokenizerFiles) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Contents of tokenizer_config.json and special_tokens_map.json for a model with LLaMA's habits."""
+    processor = files.processor
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    special = {name: str(processor.id_to_piece(i)) for name, i in ids.items() if i >= 0}
+    if processor.pad_id() >= 0 or processor.id_to_piece(processor.piece_to_id(PAD)) == PAD:
+        special["pad_token"] = PAD if processor.pad_id() < 0 else str(processor.id_to_piece(processor.pad_id()))
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": "bos_token" in special,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": True,
+        **special,
+    }
+    return config, special

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Trainer with our data order, our adapter files and a stop at the first loss that is not a number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer
+
+from cnllama.adapt.lora import WEIGHTS, Trained, adapter_config, adapter_tensors, load_adapter, save_adapter
+from cnllama.errors import CnllamaError
+
+Batch = dict[str, Any]
+_SHOWN_IDS = 64
+
+
+class Ordered(Dataset[Batch]):
+    """A data set of data.py whose items know their index; the trainer's epochs choose its order."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {**self._data[index], "index": index}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Reshuffles, once for an epoch."""
+        if self._data.epoch != epoch:
+            self._data.set_epoch(epoch)
+
+
+class Collator:
+    """Items to a batch, with their indices; `pad` makes the batch of items of different lengths."""
+
+    def __init__(self, pad: Callable[[Sequence[Mapping[str, Any]]], Batch] | None = None) -> None:
+        self._pad = pad
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
+        """int64 tensors [batch, length]; index int64 [batch]."""
+        index = torch.tensor([item["index"] for item in items])
+        if self._pad is not None:
+            return {**self._pad(items), "index": index}
+        names = [name for name in items[0] if name != "index"]
+        return {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in names} | {"index": index}
+
+
+class AdaptTrainer(Trainer):
+    """trained: what is saved; describe: ids -> their text, for the report of a bad batch."""
+
+    def __init__(self, *args: Any, trained: Trained, base: str, describe: Callable[[list[int]], str], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._trained, self._base, self._describe = trained, base, describe
+        self._index: list[int] = []
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """The data set is shuffled already, so that (epoch, index) is a position to come back to."""
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, without the indices, which are no input of the model."""
+        index = inputs.pop("index", None)
+        self._index = [] if index is None else index.tolist()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch forwards and backwards. Raises CnllamaError for a loss that is not finite, naming the batch."""
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            self._refuse_batch(float(loss), inputs)
+        return loss
+
+    def _refuse_batch(self, loss: float, inputs: Batch) -> None:
+        ids = inputs["input_ids"].tolist()
+        epoch, step = int(self.state.epoch or 0), self.state.global_step + 1
+        record = {"step": step, "epoch": epoch, "loss": str(loss), "items": self._index, "input_ids": ids}
+        file = Path(self.args.output_dir) / "bad_batch.json"
+        file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        text = self._describe(ids[0][:_SHOWN_IDS])
+        items = ", ".join(map(str, self._index[:8])) + (", ..." if len(self._index) > 8 else "")
+        raise CnllamaError(
+            f"the loss is {loss} at step {step}, expected a finite number; the batch is items {items} of epoch "
+            f"{epoch}, the first begins {text!r:.60} (all of it is in {file}); lower --lr, or begin from a sound model"
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        if self._trained.mode == "full":
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            directory = Path(output_dir or self.args.output_dir)
+            save_adapter(directory, adapter_tensors(self.model, state_dict), adapter_config(self._trained, self._base))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        if self._trained.mode == "full" or not (directory / WEIGHTS).exists() or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_adapter(self.model if model is None else model, directory)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small language of our own to train on: sentences from a grammar, held-out ones never shown."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+WHEN = ("春天", "夏天", "秋天", "冬天", "清晨", "黄昏", "夜里", "中午")
+WHERE = ("山上", "河边", "村里", "城外", "桥下", "湖中", "林间", "院子里")
+WHO = ("老人", "孩子", "渔夫", "书生", "燕子", "白马", "姑娘", "将军")
+WHAT = ("唱着歌", "看着月亮", "等着朋友", "走得很慢", "喝着热茶", "想念家乡", "听着雨声", "数着星星")
+ENGLISH = ("the old man", "a small child", "the grey cat", "my brother", "the doctor", "a young girl")
+DOES = ("walks to", "looks at", "sleeps near", "dreams of", "comes from", "sings about")
+PLACE = ("the river", "the old house", "a green hill", "the town", "the sea", "a quiet garden")
+
+
+def chinese() -> list[str]:
+    """4,096 different sentences in a fixed order."""
+    sentences = [f"{a}，{b}的{c}{d}。" for a, b, c, d in itertools.product(WHEN, WHERE, WHO, WHAT)]
+    random.Random(1).shuffle(sentences)
+    return sentences
+
+
+def questions() -> list[dict[str, str]]:
+    """Instructions whose answers follow from them: 512 in a fixed order."""
+    records = [
+        {"instruction": f"{where}的{who}在做什么？", "input": what, "output": f"{who}在{where}{what}。"}
+        for where, who, what in itertools.product(WHERE, WHO, WHAT)
+    ]
+    random.Random(2).shuffle(records)
+    return records
+
+
+def write_data(directory: Path) -> Path:
+    """The files that recipes/tiny.toml names."""
+    directory.mkdir(parents=True, exist_ok=True)
+    english = [f"{a.capitalize()} {b} {c}." for a, b, c in itertools.product(ENGLISH, DOES, PLACE)]
+    random.Random(3).shuffle(english)
+    lines = {"en.txt": english, "zh.txt": chinese()[:600], "zh_eval.txt": chinese()[-100:]}
+    for name, sentences in lines.items():
+        # four sentences make a document
+        documents = ["\n".join(sentences[i : i + 4]) for i in range(0, len(sentences), 4)]
+        (directory / name).write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    records = questions()
+    for name, part in (("sft.jsonl", records[:400]), ("sft_eval.jsonl", records[-40:])):
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in part)
+        (directory / name).write_text(text, encoding="utf-8")
+    return directory

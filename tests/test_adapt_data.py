@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training data: what is read, how it is cut, in which order it comes, and what is said about bad lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import sentencepiece
+
+from cnllama.adapt.data import (
+    IGNORED,
+    BlockDataset,
+    ChatDataset,
+    DataPosition,
+    PadCollator,
+    Source,
+    prepare_chat,
+    prepare_text,
+)
+from cnllama.adapt.reading import MAX_DOCUMENT_CHARS, ReadLog, read_conversations, read_documents
+from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
+from cnllama.errors import InputError
+from cnllama.templates import encode_chat, get_template
+
+POEM = {"title": "山行", "author": "杜牧", "dynasty": "唐", "paragraphs": ["远上寒山石径斜，", "白云生处有人家。"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    models.write_tokenizer(directory, tokenizer_model)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer_directory: Path) -> Vocabulary:
+    return open_vocabulary(tokenizer_directory)
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    return [{"instruction": f"问题{i}", "input": "", "output": f"回答{i}" * (1 + i % 7)} for i in range(count)]
+
+
+# reading
+
+
+def test_text_documents_end_at_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff第一段\r\n第二段\r\n\r\n\r\n另一篇\n\xff尾".encode().replace("\xff".encode(), b""))
+    log = ReadLog()
+    assert list(read_documents(path, log)) == ["第一段\n第二段", "另一篇\n尾"]
+    assert log.count == 0
+    assert log.bytes_read == path.stat().st_size
+
+
+def test_a_line_that_is_not_utf8_is_named_and_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("好\n".encode() + "坏".encode("gbk") + "\n也好\n".encode())
+    log = ReadLog()
+    assert list(read_documents(path, log)) == ["好\n也好"]
+    assert log.count == 1
+    assert log.listed[0].startswith(f"{path}:2: byte 0 is not valid UTF-8")
+
+
+def test_a_text_without_blank_lines_is_cut_into_documents(tmp_path: Path) -> None:
+    line = "字" * 1000
+    path = tmp_path / "long.txt"
+    path.write_text(f"{line}\n" * 600, encoding="utf-8")
+    documents = list(read_documents(path, ReadLog()))
+    assert len(documents) > 1
+    assert max(map(len, documents)) < MAX_DOCUMENT_CHARS + 2000
+    assert "\n".join(documents) == "\n".join([line] * 600)
+
+
+def test_records_are_rendered_by_their_text_or_the_template(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [POEM, {"text": "散文", "title": "x"}])
+    assert list(read_documents(path, ReadLog())) == ["《山行》\n唐·杜牧\n远上寒山石径斜，\n白云生处有人家。", "散文"]
+    assert list(read_documents(path, ReadLog(), "{title}：{paragraphs}"))[0].startswith("山行：远上")
+
+
+def test_bad_records_are_counted_and_only_some_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    bad = ['{"text": ', "[1]", '{"text": ""}', '{"text": 3}', '{"title": "x"}', '{"text": "\\ud800"}'] * 10
+    path.write_text("\n".join([*bad, json.dumps(POEM)]), encoding="utf-8")
+    log = ReadLog()
+    assert len(list(read_documents(path, log))) == 1
+    assert log.count == 60
+    assert len(log.listed) == 20
+    for number, reason in enumerate(["not valid JSON", "list", "empty", "int", '"author"', "surrogate"], 1):
+        assert log.listed[number - 1].startswith(f"{path}:{number}: ")
+        assert reason in log.listed[number - 1]
+    assert log.lines()[0] == "60 bad lines were left out:"
+    assert log.lines()[-1] == "... and 40 more"
+
+
+def test_an_array_of_records_is_read_too(tmp_path: Path) -> None:
+    path = tmp_path / "alpaca.json"
+    path.write_text(json.dumps([*pairs(3), "x"]), encoding="utf-8")
+    log = ReadLog()
+    assert len(list(read_conversations(path, log))) == 3
+    assert log.listed == [f"{path}: record 4: a JSON str, expected an object"]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"instruction": "", "output": "a"}, '"instruction" is empty'),
+        ({"instruction": "a"}, '"output" is missing'),
+        ({"instruction": "a", "output": 3}, "int"),
+        ({"messages": []}, "no list"),
+        ({"messages": [{"role": "user"}]}, "message 1"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "expected 'user'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "not the assistant's"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "not the assistant's"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "empty"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "message 2"),
+    ],
+)
+def test_bad_conversations_say_why(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", [*pairs(1), record])
+    log = ReadLog()
+    assert len(list(read_conversations(path, log))) == 1
+    assert log.count == 1
+    assert log.listed[0].startswith(f"{path}:2: ")
+    assert reason in log.listed[0]
+
+
+# blocks
+
+
+def expected_stream(model: bytes, documents: list[str]) -> list[int]:
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [i for text in documents for i in [sp.bos_id(), *sp.encode(text), sp.eos_id()]]
+
+
+def test_blocks_in_order_are_the_documents_between_bos_and_eos(
+    tmp_path: Path, vocabulary: Vocabulary, tokenizer_model: bytes
+) -> None:
+    first, second = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    documents = models.sample_lines()
+    first.write_text("\n\n".join(documents), encoding="utf-8")
+    write_jsonl(second, [{"text": text} for text in reversed(documents)])
+    data = prepare_text([Source(first), Source(second, 2)], vocabulary, tmp_path / "c", block_size=33, shuffle=False)
+    stream = expected_stream(tokenizer_model, documents + documents[::-1] * 2)
+    assert data.tokens == len(stream)
+    assert len(data) == len(stream) // 33
+    got = np.concatenate([data[i]["input_ids"] for i in range(len(data))])
+    assert got.dtype == np.int64
+    assert got.tolist() == stream[: len(got)]
+    assert np.array_equal(data[3]["labels"], data[3]["input_ids"])
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+def test_an_epoch_shows_every_document_whole_in_a_new_repeatable_order(
+    tmp_path: Path, vocabulary: Vocabulary, tokenizer_model: bytes
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in models.sample_lines()])
+    # Block size 2 leaves out one token at most, so an epoch shows everything.
+    data = prepare_text([Source(path)], vocabulary, tmp_path, block_size=2, seed=5)
+    same = prepare_text([Source(path)], vocabulary, tmp_path, block_size=2, seed=5)
+    stream = expected_stream(tokenizer_model, models.sample_lines())
+    epochs = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        same.set_epoch(epoch)
+        blocks = [tuple(data[i]["input_ids"]) for i in range(len(data))]
+        assert blocks == [tuple(same[i]["input_ids"]) for i in range(len(same))]
+        left = np.bincount(stream, minlength=1000) - np.bincount(np.concatenate(blocks), minlength=1000)
+        assert left.sum() == len(stream) % 2
+        assert left.min() >= 0
+        epochs.append(blocks)
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = prepare_text([Source(path)], vocabulary, tmp_path, block_size=2, seed=6)
+    assert [tuple(other[i]["input_ids"]) for i in range(len(other))] != epochs[0]
+
+
+def test_part_of_a_file_changes_with_the_epoch_and_keeps_its_size(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in models.sample_lines()])
+    data = prepare_text([Source(path, 1.25)], vocabulary, tmp_path, block_size=16)
+    whole = prepare_text([Source(path)], vocabulary, tmp_path, block_size=16)
+    assert data.tokens == int(1.25 * whole.tokens)
+    shown = []
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        assert len(data) == data.tokens // 16
+        shown.append(np.bincount(np.concatenate([data[i]["input_ids"] for i in range(len(data))]), minlength=1000))
+    assert not np.array_equal(shown[0], shown[1])
+
+
+def test_tokens_are_made_once_and_again_when_anything_changes(
+    tmp_path: Path, vocabulary: Vocabulary, tokenizer_directory: Path
+) -> None:
+    path, cache = write_jsonl(tmp_path / "a.jsonl", [POEM] * 30), tmp_path / "cache"
+
+    def prepare(vocabulary: Vocabulary = vocabulary, template: str = "{title}\n{paragraphs}") -> BlockDataset:
+        return prepare_text([Source(path, template=template)], vocabulary, cache, block_size=8)
+
+    def stems() -> set[str]:
+        return {file.stem for file in cache.glob("*.json")}
+
+    first = prepare()
+    times = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    assert prepare().reports[0] == first.reports[0]
+    assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == times
+    prepare(template="{title}")
+    assert len(stems()) == 2
+    prepare(dataclasses.replace(vocabulary, sha256="another"))
+    assert len(stems()) == 3
+    write_jsonl(path, [POEM] * 31)
+    assert prepare().reports[0].entries == 31
+    assert len(stems()) == 4
+
+
+def test_a_damaged_or_unfinished_cache_is_made_again(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    path, cache = write_jsonl(tmp_path / "a.jsonl", [POEM] * 30), tmp_path / "cache"
+    good = prepare_text([Source(path)], vocabulary, cache, block_size=8)[0]["input_ids"].tolist()
+    for pattern, content in (("*.tokens", b"xx"), ("*.json", b"{"), ("*.ends", b""), ("*.json", b'{"report": {}}')):
+        next(cache.glob(pattern)).write_bytes(content)
+        assert prepare_text([Source(path)], vocabulary, cache, block_size=8)[0]["input_ids"].tolist() == good
+    next(cache.glob("*.json")).unlink()
+    assert prepare_text([Source(path)], vocabulary, cache, block_size=8)[0]["input_ids"].tolist() == good
+
+
+def test_token_files_are_16_bits_wide_while_the_vocabulary_allows(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [POEM] * 30)
+    small = prepare_text([Source(path)], dataclasses.replace(vocabulary, size=65536), tmp_path / "a", block_size=8)
+    large = prepare_text([Source(path)], dataclasses.replace(vocabulary, size=65537), tmp_path / "b", block_size=8)
+    assert small.files[0].tokens.dtype == np.uint16
+    assert large.files[0].tokens.dtype == np.uint32
+    assert small[1]["input_ids"].tolist() == large[1]["input_ids"].tolist()
+
+
+def test_a_position_leads_back_to_the_same_items(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in models.sample_lines()])
+    data = prepare_text([Source(path)], vocabulary, tmp_path, block_size=16)
+    position, run = DataPosition(), []
+    saved = None
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        for index in list(position.indices(len(data))):
+            if len(run) == len(data) + 5:
+                saved = dataclasses.asdict(position)
+            run.append(data[index]["input_ids"].tolist())
+            position.advance(1, len(data))
+    assert dataclasses.asdict(position) == {"epoch": 2, "index": 0}
+    assert saved == {"epoch": 1, "index": 5}
+    again = DataPosition(**saved)
+    data.set_epoch(again.epoch)
+    assert [data[i]["input_ids"].tolist() for i in again.indices(len(data))] == run[len(data) + 5 :]
+
+
+# instructions
+
+
+def test_a_sample_is_the_prompt_of_the_run_time_and_the_answer(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    record = {"instruction": "写一首诗", "input": "题目：春天", "output": "春风又绿江南岸。\n明月何时照我还。"}
+    path = write_jsonl(tmp_path / "s.jsonl", [record])
+    for name in ("alpaca", "alpaca-2", "chatml"):
+        data = prepare_chat([Source(path)], vocabulary, tmp_path, template=name)
+        message = {"role": "user", "content": "写一首诗\n题目：春天"}
+        prompt = encode_chat(get_template(name), vocabulary.tokenizer, [message])
+        answer = [*vocabulary.tokenizer.encode(record["output"]), vocabulary.tokenizer.eos_id]
+        assert len(data) == 1
+        assert data[0]["input_ids"].tolist() == prompt + answer
+        assert data[0]["labels"].tolist() == [IGNORED] * len(prompt) + answer
+
+
+def test_a_template_ends_answers_with_its_own_token(tmp_path: Path, tokenizer_model: bytes) -> None:
+    models.write_tokenizer(tmp_path, tokenizer_model)
+    size = models.piece_count(tokenizer_model)
+    models.write_json(tmp_path / "added_tokens.json", {"<|im_start|>": size, "<|im_end|>": size + 1})
+    data = prepare_chat(
+        [Source(write_jsonl(tmp_path / "s.jsonl", pairs(1)))], open_vocabulary(tmp_path), tmp_path, template="chatml"
+    )
+    assert data[0]["labels"][-1] == size + 1
+
+
+def test_every_answer_of_a_conversation_is_learned_after_all_before_it(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    turns = [("你好", "你好！"), ("你是谁", "我是助手。"), ("再见", "再见。")]
+    messages = [{"role": "system", "content": "简短回答。"}]
+    for user, assistant in turns:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    path = write_jsonl(tmp_path / "m.jsonl", [{"messages": messages}])
+    data = prepare_chat([Source(path)], vocabulary, tmp_path, shuffle=False)
+    assert len(data) == 3
+    template, tokenizer = get_template("alpaca"), vocabulary.tokenizer
+    for i, (_, assistant) in enumerate(turns):
+        prompt = encode_chat(template, tokenizer, messages[: 2 * i + 2])
+        assert data[i]["input_ids"].tolist() == [*prompt, *tokenizer.encode(assistant), tokenizer.eos_id]
+        assert (data[i]["labels"] == IGNORED).sum() == len(prompt)
+
+
+def test_long_conversations_lose_their_oldest_turns_first(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    messages = []
+    for i in range(6):
+        messages += [{"role": "user", "content": f"第{i}问"}, {"role": "assistant", "content": f"第{i}答"}]
+    template, tokenizer = get_template("alpaca"), vocabulary.tokenizer
+    answer = [*tokenizer.encode("第5答"), tokenizer.eos_id]
+    prompt = encode_chat(template, tokenizer, messages[8:11])
+    path = write_jsonl(tmp_path / "m.jsonl", [{"messages": messages}])
+    limit = len(prompt) + len(answer)
+    data = prepare_chat([Source(path)], vocabulary, tmp_path, shuffle=False, max_length=limit)
+    assert data[5]["input_ids"].tolist() == prompt + answer
+    assert data.reports[0].truncated == 4
+    assert data.reports[0].masked == 0
+
+
+def test_samples_without_room_for_an_answer_are_counted(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    records = [*pairs(3), {"instruction": "长" * 400, "output": "短"}, {"instruction": "短", "output": "长" * 400}]
+    data = prepare_chat([Source(write_jsonl(tmp_path / "s.jsonl", records))], vocabulary, tmp_path, max_length=200)
+    assert len(data) == 4
+    assert (data.reports[0].masked, data.reports[0].truncated) == (1, 1)
+    assert max(len(data[i]["input_ids"]) for i in range(4)) == 200
+    assert all((data[i]["labels"] != IGNORED).any() for i in range(4))
+    lines = "\n".join(data.reports[0].lines())
+    assert "1 samples were cut" in lines
+    assert "1 samples were skipped" in lines
+
+
+def test_repeats_and_order_of_samples(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    first, second = write_jsonl(tmp_path / "a.jsonl", pairs(40)), write_jsonl(tmp_path / "b.jsonl", pairs(8)[4:])
+    sources = [Source(first, 0.5), Source(second, 3)]
+    data = prepare_chat(sources, vocabulary, tmp_path, seed=3)
+    assert len(data) == 20 + 12
+    shown = []
+    for epoch in (0, 1, 0):
+        data.set_epoch(epoch)
+        shown.append([tuple(data[i]["input_ids"]) for i in range(len(data))])
+    assert shown[0] == shown[2] != shown[1]
+    thrice = prepare_chat([Source(second)], vocabulary, tmp_path)
+    for i in range(4):
+        assert all(epoch.count(tuple(thrice[i]["input_ids"])) >= 3 for epoch in shown)
+
+
+def test_batches_hold_samples_of_like_length(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    records = [{"instruction": "重复", "output": "字" * (1 + i * 7 % 90)} for i in range(500)]
+    sources = [Source(write_jsonl(tmp_path / "s.jsonl", records))]
+
+    def padded(data: ChatDataset) -> int:
+        lengths = [len(data[i]["input_ids"]) for i in range(len(data))]
+        return sum(8 * max(lengths[i : i + 8]) for i in range(0, len(lengths), 8))
+
+    plain = prepare_chat(sources, vocabulary, tmp_path)
+    grouped = prepare_chat(sources, vocabulary, tmp_path, batch_size=8)
+    assert padded(grouped) - grouped.tokens < 0.2 * (padded(plain) - plain.tokens)
+    items = [sorted(tuple(data[i]["input_ids"]) for i in range(500)) for data in (plain, grouped)]
+    assert items[0] == items[1]
+    lengths = [len(grouped[i]["input_ids"]) for i in range(0, 496, 8)]
+    assert lengths != sorted(lengths)
+    assert grouped.lengths().tolist() == [len(grouped[i]["input_ids"]) for i in range(500)]
+
+
+def test_padding(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    items = [{"input_ids": np.arange(1, n + 1), "labels": np.full(n, n)} for n in (3, 9)]
+    batch = PadCollator(pad_id=7, multiple=4)(items)
+    assert all(value.shape == (2, 12) and value.dtype == torch.int64 for value in batch.values())
+    assert batch["input_ids"][0].tolist() == [1, 2, 3] + [7] * 9
+    assert batch["labels"][0].tolist() == [3] * 3 + [IGNORED] * 9
+    assert batch["attention_mask"].sum(1).tolist() == [3, 9]
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"\n \n", "holds no text"),
+        ("a.txt", b"\xff\xff\n", "all 1 lines are bad"),
+        ("a.jsonl", b"{}\n", "all 1 lines are bad"),
+        ("a.json", b"{}", "expected an array"),
+        ("a.json", b"[", "not valid JSON"),
+        ("a.csv", b"x", "expected .txt, .jsonl, .json"),
+        ("a.txt", b"short", "fewer than one block of 512"),
+    ],
+)
+def test_files_without_a_use_are_refused(
+    tmp_path: Path, vocabulary: Vocabulary, name: str, content: bytes, words: str
+) -> None:
+    path, cache = tmp_path / name, tmp_path / "cache"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as caught:
+        prepare_text([Source(path)], vocabulary, cache)
+    assert str(path) in str(caught.value)
+    assert not list(cache.glob(".*"))
+
+
+def test_other_refusals(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    text, samples = tmp_path / "a.txt", write_jsonl(tmp_path / "s.jsonl", pairs(2))
+    text.write_text("文本", encoding="utf-8")
+    for words, call in (
+        ("no such file", lambda: prepare_text([Source(tmp_path / "none.txt")], vocabulary, tmp_path)),
+        ("directory", lambda: prepare_text([Source(tmp_path)], vocabulary, tmp_path)),
+        ("at least one", lambda: prepare_text([], vocabulary, tmp_path)),
+        ("repeat is 0", lambda: prepare_text([Source(text, 0)], vocabulary, tmp_path)),
+        ("template", lambda: prepare_text([Source(text, template="{a!r}")], vocabulary, tmp_path)),
+        ("template", lambda: prepare_text([Source(text, template="{")], vocabulary, tmp_path)),
+        ("block size is 1", lambda: prepare_text([Source(text)], vocabulary, tmp_path, block_size=1)),
+        ("no instructions", lambda: prepare_chat([Source(text)], vocabulary, tmp_path)),
+        ("choose alpaca", lambda: prepare_chat([Source(samples)], vocabulary, tmp_path, template="raw")),
+        ("none of 2 samples", lambda: prepare_chat([Source(samples)], vocabulary, tmp_path, max_length=9)),
+        ("repeats leave", lambda: prepare_chat([Source(samples, 0.1)], vocabulary, tmp_path)),
+        ("no tokenizer.model", lambda: open_vocabulary(tmp_path)),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+def test_a_vocabulary_must_fit_the_rows_of_the_model(tokenizer_directory: Path, vocabulary: Vocabulary) -> None:
+    assert open_vocabulary(tokenizer_directory, rows=vocabulary.size).size == vocabulary.size
+    with pytest.raises(InputError, match=f"{vocabulary.size} ids but the model {vocabulary.size - 1} rows"):
+        open_vocabulary(tokenizer_directory, rows=vocabulary.size - 1)
+
+
+def test_the_shared_corpus(tmp_path: Path, shared_data: Path) -> None:
+    models.write_tokenizer(tmp_path, (shared_data / "tokenizers" / "chinese_alpaca2.model").read_bytes())
+    vocabulary = open_vocabulary(tmp_path)
+    names = ("eval/poems.jsonl", "eval/zh_prose.txt", "eval/en_prose.txt")
+    text = prepare_text([Source(shared_data / name) for name in names], vocabulary, tmp_path)
+    assert [report.entries for report in text.reports] == [1188, 63, 8]
+    chat = prepare_chat([Source(shared_data / "sft/poem_instructions.jsonl")], vocabulary, tmp_path)
+    assert len(chat) == 21245
+    assert all(report.bad == 0 for report in (*text.reports, *chat.reports))
