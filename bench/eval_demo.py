@@ -25,10 +25,58 @@ COUPLETS = Path(__file__).resolve().parent.parent / "tests" / "demo_couplets.tsv
 SETS = ("poems.jsonl", "zh_prose.txt", "en_prose.txt", "open_zh.jsonl")
 WINDOW = 256  # tokens: the length that the model was trained at
 FORMS = {"五言绝句": 5, "七言绝句": 7}
-TOPICS = (
-    "春天 夏天 秋天 冬天 月亮 雪 梅花 菊花 荷花 桃花 柳树 竹子 松树 山水 高山 江河 大海 湖水 瀑布 雨 风 云 夜晚 黄昏 早晨 "
-    "思乡 送别 友情 离别 边塞 战争 田园 隐居 饮酒 读书 寺庙 钟声 燕子 大雁 马 渔夫 落花 相思 登高 旅途 孤独 长安 江南 西湖 茶"
-).split()
+TOPICS = [
+    "春天",
+    "夏天",
+    "秋天",
+    "冬天",
+    "月亮",
+    "雪",
+    "梅花",
+    "菊花",
+    "荷花",
+    "桃花",
+    "柳树",
+    "竹子",
+    "松树",
+    "山水",
+    "高山",
+    "江河",
+    "大海",
+    "湖水",
+    "瀑布",
+    "雨",
+    "风",
+    "云",
+    "夜晚",
+    "黄昏",
+    "早晨",
+    "思乡",
+    "送别",
+    "友情",
+    "离别",
+    "边塞",
+    "战争",
+    "田园",
+    "隐居",
+    "饮酒",
+    "读书",
+    "寺庙",
+    "钟声",
+    "燕子",
+    "大雁",
+    "马",
+    "渔夫",
+    "落花",
+    "相思",
+    "登高",
+    "旅途",
+    "孤独",
+    "长安",
+    "江南",
+    "西湖",
+    "茶",
+]
 INSTRUCTIONS = (
     "你好",
     "你是谁？",
@@ -80,9 +128,8 @@ def perplexity(score: Score, parts: Sequence[Sample]) -> float:
 def float_scores(base: Path, adapters: list[Path]) -> Score:
     """Logits of the merged model in float32, by transformers."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from cnllama.convert.pack import make_plan, merged_tensors
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     plan = make_plan(base, adapters)
     config = LlamaConfig.from_pretrained(base)

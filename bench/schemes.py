@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relative quantization error of every weight scheme on random matrices: python bench/schemes.py [--rows N --cols N]."""
+"""Relative quantization error of every weight scheme on random matrices: python bench/schemes.py."""
 
 import argparse
 

@@ -57,7 +57,7 @@ def pairs(count: int) -> list[dict[str, str]]:
 
 def test_text_documents_end_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_bytes("\ufeff第一段\r\n第二段\r\n\r\n\r\n另一篇\n\xff尾".encode().replace("\xff".encode(), b""))
+    path.write_bytes("\ufeff第一段\r\n第二段\r\n\r\n\r\n另一篇\n尾".encode())
     log = ReadLog()
     assert list(read_documents(path, log)) == ["第一段\n第二段", "另一篇\n尾"]
     assert log.count == 0
@@ -86,7 +86,7 @@ def test_a_text_without_blank_lines_is_cut_into_documents(tmp_path: Path) -> Non
 def test_records_are_rendered_by_their_text_or_the_template(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", [POEM, {"text": "散文", "title": "x"}])
     assert list(read_documents(path, ReadLog())) == ["《山行》\n唐·杜牧\n远上寒山石径斜，\n白云生处有人家。", "散文"]
-    assert list(read_documents(path, ReadLog(), "{title}：{paragraphs}"))[0].startswith("山行：远上")
+    assert next(iter(read_documents(path, ReadLog(), "{title}：{paragraphs}"))).startswith("山行：远上")
 
 
 def test_bad_records_are_counted_and_only_some_are_listed(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_bad_records_are_counted_and_only_some_are_listed(tmp_path: Path) -> Non
     assert len(list(read_documents(path, log))) == 1
     assert log.count == 60
     assert len(log.listed) == 20
-    for number, reason in enumerate(["not valid JSON", "list", "empty", "int", '"author"', "surrogate"], 1):
+    for number, reason in enumerate(["not valid JSON", "list", "empty", "int", '"dynasty"', "surrogate"], 1):
         assert log.listed[number - 1].startswith(f"{path}:{number}: ")
         assert reason in log.listed[number - 1]
     assert log.lines()[0] == "60 bad lines were left out:"

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,13 @@ def inside(*words: object, expect: int = 0) -> str:
         code = main([str(word) for word in words])
     assert code == expect, written.getvalue()
     return written.getvalue()
+
+
+def free_port() -> int:
+    """A port for torchrun."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("transformers", reason="recipes need the training libraries")
 pytest.importorskip("peft", reason="recipes need the training libraries")
 
-from test_adapt_pipeline import ROOT, inside
+from test_adapt_pipeline import ROOT, free_port, inside
 
 from cnllama.adapt.recipe import expand, read_recipe
 from cnllama.errors import InputError
@@ -112,6 +112,25 @@ def test_killed_recipe_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     assert (out / "base" / "stage.json").stat().st_mtime_ns == made, "a finished stage is left alone"
     name = "merged/model.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_recipe_runs_under_torchrun(data: Path, tmp_path: Path) -> None:
+    """Two processes train; what one process can do, the first does while the other waits."""
+    recipe = write(tmp_path / "sweep.toml", SWEEP.replace("[2, 4]", "2"))
+    out = tmp_path / "out"
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    words = ["-m", "cnllama", "adapt", "run", str(recipe), "--data", str(data), "--out", str(out)]
+    result = subprocess.run(
+        [sys.executable, *launch, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((out / "summary.json").read_text())
+    assert [row["tokens"] for row in rows] == [6 * 2 * 4 * 32]
+    assert (out / "merged" / "stage.json").exists()
 
 
 def test_stage_is_run_again_when_asked(data: Path, tmp_path: Path) -> None:

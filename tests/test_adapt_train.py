@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch", reason="training needs torch")
 pytest.importorskip("transformers", reason="training needs transformers")
 pytest.importorskip("peft", reason="training needs peft")
 
-from test_adapt_pipeline import cnllama, inside  # noqa: E402
+from test_adapt_pipeline import cnllama, free_port, inside  # noqa: E402
 
 STEPS, SAVE = 24, 5
 TRAIN = ("--block-size", 48, "--batch-size", 4, "--lr", "3e-3", "--log-every", 1, "--save-every", SAVE)
@@ -114,14 +114,6 @@ def test_two_processes_train_as_one(base: Path, data: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert one["tokens"] == two["tokens"]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def test_new_rows_only_leaves_the_old_ones_alone(base: Path, data: Path, tmp_path: Path) -> None:

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from cnllama.adapt.settings import add_training_arguments, from_arguments, parse
 from cnllama.adapt.tokenfile import Vocabulary
 from cnllama.adapt.train import Data, Stage, run_stage
 from cnllama.adapt.trainer import Collator
+from cnllama.errors import from_os_error
 
 _LEARNING_RATE = {1: 2e-4, 2: 1e-4}  # the paper's
 
@@ -38,20 +42,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     held_out = [Source(Path(name), 1.0, document) for name in args.eval]
 
     def prepare_data(vocabulary: Vocabulary) -> Data:
-        cache, bar = cache_directory(args), sys.stderr.isatty()
-        train = prepare_text(
-            sources, vocabulary, cache, block_size=settings.block_size, seed=settings.seed, progress=bar
-        )
-        evaluation = (
-            prepare_text(held_out, vocabulary, cache, block_size=settings.block_size, shuffle=False, progress=bar)
-            if held_out
-            else None
-        )
+        size, bar = settings.block_size, sys.stderr.isatty()
+        evaluation = None
+        with open_cache(args) as cache:
+            train = prepare_text(sources, vocabulary, cache, block_size=size, seed=settings.seed, progress=bar)
+            if held_out:
+                evaluation = prepare_text(held_out, vocabulary, cache, block_size=size, shuffle=False, progress=bar)
         return Data(
             train,
             evaluation,
             Collator(),
-            settings.block_size,
             padded=False,
             identity={"files": [[r.entries, r.tokens, s.repeat] for r, s in zip(train.reports, sources, strict=True)]},
             report=[line for report in train.reports for line in report.lines()],
@@ -75,6 +75,14 @@ def make_stage(args: argparse.Namespace, label: str, mode: str, settings: Any, p
     return Stage(label, args.model, args.adapter, args.out, trained, settings, prepare_data, args.restart)
 
 
-def cache_directory(args: argparse.Namespace) -> Path:
-    """Where the tokenized files of a stage lie."""
-    return Path(args.cache) if args.cache else Path(args.out).parent / "tokens"
+@contextlib.contextmanager
+def open_cache(args: argparse.Namespace) -> Iterator[Path]:
+    """The directory of the tokenized files, while no other process of this machine makes any."""
+    cache = Path(args.cache) if args.cache else Path(args.out).parent / "tokens"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(cache / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield cache
+    except OSError as error:
+        raise from_os_error(cache, error) from None

@@ -160,7 +160,9 @@ def render(record: dict[str, Any], template: str = POEM_TEMPLATE) -> str:
         return _field_text("text", text)
     missing = [name for name in template_fields(template) if name not in record]
     if missing:
-        raise BadRecordError(f'there is no "text" and no "{missing[0]}", expected one of these records')
+        raise BadRecordError(
+            f'there is neither "text" nor the "{missing[0]}" that the template {template!r:.60} asks for'
+        )
     return template.format(**{name: _field_text(name, record[name]) for name in template_fields(template)})
 
 

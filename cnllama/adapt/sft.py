@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama.adapt.data import IGNORED, ChatDataset, Item, PadCollator, Source, prepare_chat
-from cnllama.adapt.pretrain import cache_directory, make_stage
+from cnllama.adapt.pretrain import make_stage, open_cache
 from cnllama.adapt.settings import add_training_arguments, from_arguments, parse_source
 from cnllama.adapt.tokenfile import Vocabulary
 from cnllama.adapt.train import Data, run_stage
@@ -94,9 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     held_out = [Source(Path(name)) for name in args.eval]
 
     def prepare_data(vocabulary: Vocabulary) -> Data:
-        cache, bar = cache_directory(args), sys.stderr.isatty()
-
-        def prepare(files: list[Source], training: bool) -> Any:
+        def prepare(files: list[Source], cache: Path, training: bool) -> tuple[Any, ChatDataset]:
             samples = prepare_chat(
                 files,
                 vocabulary,
@@ -106,23 +104,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 seed=settings.seed,
                 shuffle=training,
                 batch_size=0 if args.pack else settings.batch_size,
-                progress=bar,
+                progress=sys.stderr.isatty(),
             )
             return PackedChat(samples, settings.block_size, vocabulary.pad_id) if args.pack else samples, samples
 
-        train, samples = prepare(sources, True)
+        with open_cache(args) as cache:
+            train, samples = prepare(sources, cache, True)
+            evaluation = prepare(held_out, cache, False)[0] if held_out else None
         reports = samples.reports
+        files = [[r.entries, r.tokens, s.repeat] for r, s in zip(reports, sources, strict=True)]
         return Data(
             train,
-            prepare(held_out, False)[0] if held_out else None,
+            evaluation,
             Collator() if args.pack else Collator(PadCollator(vocabulary.pad_id)),
-            settings.block_size,
             padded=not args.pack,
-            identity={
-                "files": [[r.entries, r.tokens, s.repeat] for r, s in zip(reports, sources, strict=True)],
-                "template": args.template,
-                "pack": args.pack,
-            },
+            identity={"files": files, "template": args.template, "pack": args.pack},
             report=[line for report in reports for line in report.lines()],
         )
 

@@ -45,13 +45,12 @@ _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_
 class Data:
     """A stage's data: sets of data.py, how their items become batches, and what they are made of (for resuming).
 
-    length: the longest sequence. counts_padding: whether batches are padded, so that padding is not counted as tokens.
+    padded: batches have padding, which is not counted as tokens.
     """
 
     train: Any
     held_out: Any | None
     collator: Collator
-    length: int
     padded: bool
     identity: dict[str, object]
     report: list[str]
@@ -81,7 +80,9 @@ def run_stage(stage: Stage) -> dict[str, Any]:
     quiet()
     stage.trained.check()
     _check_places(stage)
-    if stage.restart and main:
+    if stage.restart:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(f"--restart works with one process; remove {stage.out} and leave the option out")
         shutil.rmtree(stage.out, ignore_errors=True)
     config, vocabulary = _open_model(stage)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,6 +275,7 @@ def _train(stage: Stage, model: Any, vocabulary: Vocabulary, data: Data, device:
         )
     steps = math.ceil(batches / settings.grad_accum)
     total = settings.max_steps or math.ceil(steps * settings.epochs)
+    args.logging_steps = min(settings.log_every, total)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     log = JsonLog(stage.out)
