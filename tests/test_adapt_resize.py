@@ -29,7 +29,7 @@ def english() -> bytes:
 
 @pytest.fixture(scope="module")
 def merged(english: bytes) -> bytes:
-    return models.merge_tokenizers(english, models.train_tokenizer(models.chinese_lines(), 700))
+    return models.merge_tokenizers(english, models.train_tokenizer(models.chinese_lines(), 850))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def expected_mean(old: np.ndarray, model: bytes, piece: str) -> np.ndarray:
         ids = processor.encode(piece[1:].replace("\u2581", " "))
     else:
         ids = processor.encode("\n" + piece.replace("\u2581", " "))
-        ids = ids[processor.encode("\n").__len__() :]
+        ids = ids[len(processor.encode("\n")) :]
     return old[ids].mean(0)
 
 
@@ -193,7 +193,7 @@ def test_the_released_vocabulary_grows_a_model(tmp_path: Path, shared_data: Path
 
 def test_refusals(tmp_path: Path, tokenizer: Path, english: bytes, merged: bytes) -> None:
     base = models.make_llama(tmp_path / "base", english)
-    (tmp_path / "other.model").write_bytes(models.train_tokenizer(models.chinese_lines(), 700))
+    (tmp_path / "other.model").write_bytes(models.train_tokenizer(models.chinese_lines(), 850))
     same, bare, padded = tmp_path / "same", tmp_path / "bare", tmp_path / "padded"
     for copy in (same, bare, padded):
         shutil.copytree(base, copy)

