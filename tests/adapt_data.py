@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 WHEN = ("春天", "夏天", "秋天", "冬天", "清晨", "黄昏", "夜里", "中午")
 WHERE = ("山上", "河边", "村里", "城外", "桥下", "湖中", "林间", "院子里")
@@ -15,6 +16,7 @@ WHAT = ("唱着歌", "看着月亮", "等着朋友", "走得很慢", "喝着热�
 ENGLISH = ("the old man", "a small child", "the grey cat", "my brother", "the doctor", "a young girl")
 DOES = ("walks to", "looks at", "sleeps near", "dreams of", "comes from", "sings about")
 PLACE = ("the river", "the old house", "a green hill", "the town", "the sea", "a quiet garden")
+POEM = {"title": "山行", "author": "杜牧", "dynasty": "唐", "paragraphs": ["远上寒山石径斜，", "白云生处有人家。"]}
 
 
 def chinese() -> list[str]:
@@ -49,3 +51,14 @@ def write_data(directory: Path) -> Path:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in part)
         (directory / name).write_text(text, encoding="utf-8")
     return directory
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    """The records, one a line; returns `path`."""
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    """Instructions with answers of different lengths."""
+    return [{"instruction": f"问题{i}", "input": "", "output": f"回答{i}" * (1 + i % 7)} for i in range(count)]

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import models
 import numpy as np
 import pytest
 import sentencepiece
+from adapt_data import POEM, pairs, write_jsonl
 
 from cnllama.adapt.data import (
     IGNORED,
@@ -23,12 +22,9 @@ from cnllama.adapt.data import (
     prepare_chat,
     prepare_text,
 )
-from cnllama.adapt.reading import MAX_DOCUMENT_CHARS, ReadLog, read_conversations, read_documents
 from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
 from cnllama.errors import InputError
 from cnllama.templates import encode_chat, get_template
-
-POEM = {"title": "山行", "author": "杜牧", "dynasty": "唐", "paragraphs": ["远上寒山石径斜，", "白云生处有人家。"]}
 
 
 @pytest.fixture(scope="module")
@@ -41,99 +37,6 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer_mode
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer_directory: Path) -> Vocabulary:
     return open_vocabulary(tokenizer_directory)
-
-
-def write_jsonl(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
-def pairs(count: int) -> list[dict[str, str]]:
-    return [{"instruction": f"问题{i}", "input": "", "output": f"回答{i}" * (1 + i % 7)} for i in range(count)]
-
-
-# reading
-
-
-def test_text_documents_end_at_blank_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeff第一段\r\n第二段\r\n\r\n\r\n另一篇\n尾".encode())
-    log = ReadLog()
-    assert list(read_documents(path, log)) == ["第一段\n第二段", "另一篇\n尾"]
-    assert log.count == 0
-    assert log.bytes_read == path.stat().st_size
-
-
-def test_a_line_that_is_not_utf8_is_named_and_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("好\n".encode() + "坏".encode("gbk") + "\n也好\n".encode())
-    log = ReadLog()
-    assert list(read_documents(path, log)) == ["好\n也好"]
-    assert log.count == 1
-    assert log.listed[0].startswith(f"{path}:2: byte 0 is not valid UTF-8")
-
-
-def test_a_text_without_blank_lines_is_cut_into_documents(tmp_path: Path) -> None:
-    line = "字" * 1000
-    path = tmp_path / "long.txt"
-    path.write_text(f"{line}\n" * 600, encoding="utf-8")
-    documents = list(read_documents(path, ReadLog()))
-    assert len(documents) > 1
-    assert max(map(len, documents)) < MAX_DOCUMENT_CHARS + 2000
-    assert "\n".join(documents) == "\n".join([line] * 600)
-
-
-def test_records_are_rendered_by_their_text_or_the_template(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "p.jsonl", [POEM, {"text": "散文", "title": "x"}])
-    assert list(read_documents(path, ReadLog())) == ["《山行》\n唐·杜牧\n远上寒山石径斜，\n白云生处有人家。", "散文"]
-    assert next(iter(read_documents(path, ReadLog(), "{title}：{paragraphs}"))).startswith("山行：远上")
-
-
-def test_bad_records_are_counted_and_only_some_are_listed(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    bad = ['{"text": ', "[1]", '{"text": ""}', '{"text": 3}', '{"title": "x"}', '{"text": "\\ud800"}'] * 10
-    path.write_text("\n".join([*bad, json.dumps(POEM)]), encoding="utf-8")
-    log = ReadLog()
-    assert len(list(read_documents(path, log))) == 1
-    assert log.count == 60
-    assert len(log.listed) == 20
-    for number, reason in enumerate(["not valid JSON", "list", "empty", "int", '"dynasty"', "surrogate"], 1):
-        assert log.listed[number - 1].startswith(f"{path}:{number}: ")
-        assert reason in log.listed[number - 1]
-    assert log.lines()[0] == "60 bad lines were left out:"
-    assert log.lines()[-1] == "... and 40 more"
-
-
-def test_an_array_of_records_is_read_too(tmp_path: Path) -> None:
-    path = tmp_path / "alpaca.json"
-    path.write_text(json.dumps([*pairs(3), "x"]), encoding="utf-8")
-    log = ReadLog()
-    assert len(list(read_conversations(path, log))) == 3
-    assert log.listed == [f"{path}: record 4: a JSON str, expected an object"]
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"instruction": "", "output": "a"}, '"instruction" is empty'),
-        ({"instruction": "a"}, '"output" is missing'),
-        ({"instruction": "a", "output": 3}, "int"),
-        ({"messages": []}, "no list"),
-        ({"messages": [{"role": "user"}]}, "message 1"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "expected 'user'"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "not the assistant's"),
-        ({"messages": [{"role": "system", "content": "a"}]}, "not the assistant's"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "empty"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "message 2"),
-    ],
-)
-def test_bad_conversations_say_why(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
-    path = write_jsonl(tmp_path / "c.jsonl", [*pairs(1), record])
-    log = ReadLog()
-    assert len(list(read_conversations(path, log))) == 1
-    assert log.count == 1
-    assert log.listed[0].startswith(f"{path}:2: ")
-    assert reason in log.listed[0]
 
 
 # blocks

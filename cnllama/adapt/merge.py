@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cnllama.adapt.progress import write_json
+from cnllama.adapt.output import write_json
 from cnllama.container import Output
 from cnllama.convert.merge import MergedTensor
 from cnllama.convert.pack import make_plan

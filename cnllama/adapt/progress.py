@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from cnllama.container import Output
+from cnllama.adapt.output import write_json
 
 LOG, MARK = "log.jsonl", "complete.json"
 
@@ -172,14 +172,3 @@ def complete_checkpoints(directory: Path) -> list[Path]:
         if whole:
             found.append((int(mark["step"]), path))
     return [path for _, path in sorted(found)]
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes readable JSON, under its name only when complete."""
-    output = Output(path)
-    try:
-        output.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n", 0)
-        output.commit()
-    except BaseException:
-        output.discard()
-        raise

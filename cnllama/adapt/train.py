@@ -18,6 +18,7 @@ import torch
 
 from cnllama.adapt import memory
 from cnllama.adapt.lora import WEIGHTS, Trained, check_saved, count_parameters, fold, load_adapter, prepare
+from cnllama.adapt.output import write_json
 from cnllama.adapt.plots import loss_curve
 from cnllama.adapt.progress import (
     LOG,
@@ -27,7 +28,6 @@ from cnllama.adapt.progress import (
     complete_checkpoints,
     quiet,
     read_records,
-    write_json,
 )
 from cnllama.adapt.settings import Settings
 from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
