@@ -184,7 +184,7 @@ def couplets(llm: LLM) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, printed as it comes."""
     llm = LLM(args.model, threads=args.threads)
-    report: dict[str, Any] = {"model": str(llm.path), "bytes": llm.path.stat().st_size}
+    report: dict[str, Any] = {"model": llm.path.name, "bytes": llm.path.stat().st_size}
     if args.data is not None:
         exact = float_scores(args.base, args.lora) if args.base else None
         report["perplexity_per_character"] = {}

@@ -96,6 +96,14 @@ def test_resuming_with_other_options_is_refused(base: Path, data: Path, tmp_path
     pretrain(base, data, tmp_path / "out", "--rank", 4, "--restart")
 
 
+def test_held_out_set_may_be_smaller_than_a_batch(base: Path, data: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held.txt"
+    held_out.write_text("".join((data / "zh.txt").read_text().splitlines(keepends=True)[:9]))
+    pretrain(base, data, tmp_path / "out", "--eval", held_out)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert 0 < result["held_out_loss"] < result["held_out_loss_before"]
+
+
 def test_two_processes_train_as_one(base: Path, data: Path, tmp_path: Path) -> None:
     """torchrun with two processes of batch 2 sees the batches of one process with batch 4."""
     words = ["adapt", "pretrain", base, "--stage", 1, "--data", data / "zh.txt:3", "--max-steps", 12, *TRAIN]

@@ -295,7 +295,7 @@ def _train(stage: Stage, model: Any, vocabulary: Vocabulary, data: Data, device:
     items = settings.batch_size * settings.grad_accum * args.world_size
     trainer.add_callback(Checkpoints(stage.out, settings.keep, items, steps, lambda path: _check(stage, path, model)))
     if resume is not None and _step(resume) >= total:
-        _restore(stage, model, resume)
+        _restore(stage, trainer, log, resume)
     else:
         if resume is not None and args.should_save:
             print(f"{stage.label}: going on from step {_step(resume)} of {total}", file=sys.stderr)
@@ -307,14 +307,18 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _restore(stage: Stage, model: Any, checkpoint: Path) -> None:
-    """The weights of a run that was killed after its last step."""
+def _restore(stage: Stage, trainer: Any, log: JsonLog, checkpoint: Path) -> None:
+    """The weights and the counts of a run that was killed after its last step."""
+    from transformers.trainer_callback import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    log.on_train_begin(trainer.args, trainer.state, trainer.control)
     if stage.trained.mode != "full":
-        load_adapter(model, checkpoint)
+        load_adapter(trainer.model, checkpoint)
         return
     from safetensors.torch import load_model
 
-    load_model(model, checkpoint / "model.safetensors")
+    load_model(trainer.model, checkpoint / "model.safetensors")
 
 
 def _check(stage: Stage, directory: Path, model: Any) -> None:

@@ -65,6 +65,14 @@ class AdaptTrainer(Trainer):
         """The data set is shuffled already, so that (epoch, index) is a position to come back to."""
         return SequentialSampler(self.train_dataset)
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the last batch: a held-out set may be smaller than one."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop
+
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, without the indices, which are no input of the model."""
         index = inputs.pop("index", None)
