@@ -88,7 +88,9 @@ class LLM:
     path: a .cnl, None for the bundled demonstration model. ctx: positions of a sequence, None for the trained length,
     at most 4096 and at most what fits into memory. threads: 0 for the machine's physical cores as far as this process
     may use them. kv_type: "fp16" or "int8". max_sequences: how many run at once. template: a name of templates.py
-    instead of the file's own.
+    instead of the file's own. speculate: "lookup" guesses tokens from what the prompt and the answer said before and
+    runs several in one step; the answers are the same, token for token, and those that quote or repeat come faster. The
+    attribute of that name may be changed; it holds for requests made afterwards.
 
     Raises InputError for a file that is not sound, an option out of range and a model that does not fit into memory.
     """
@@ -102,8 +104,17 @@ class LLM:
         kv_type: str = "fp16",
         max_sequences: int = 1,
         template: str | None = None,
+        speculate: str | None = None,
     ) -> None:
         begin = time.perf_counter()
+        if speculate not in (None, "lookup"):
+            raise InputError(
+                tr(
+                    f"speculation is {speculate!r}: choose lookup, or leave it out",
+                    f"推测方式 {speculate!r} 不存在：请用 lookup，或不给",
+                )
+            )
+        self.speculate = speculate
         self.path = Path(path) if path is not None else bundled_model()
         self.file = open_cnl(self.path)
         self.vocab_size: int = self.file.vocab_size
@@ -249,6 +260,7 @@ class LLM:
             banned=self._silent,
             stop=stop,
             progress=progress,
+            speculate=self.speculate is not None,
         )
         if not request.finished:
             self._open_scheduler().add(request, len(ids) + limit - 1)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cnllama._core import Sampler
+from cnllama.lookup import MAX_DRAFT, Draft, Lookup
 from cnllama.sampling import SamplingParams
 from cnllama.tokenizer import StreamDecoder
 
@@ -28,20 +29,29 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request; cached_tokens of the prompt were still in the cache."""
+    """Tokens of a request; cached_tokens of the prompt were still in the cache.
+
+    drafted_tokens: guesses that speculation ran ahead of the sampler, which chose accepted_tokens of them.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: prefill until the first token was chosen, decode from then to the end, which took `steps` steps."""
+    """Seconds: prefill until the first token was chosen, decode from then to the end.
+
+    Decode chose `tokens` (an end token is one) in `steps` steps of the engine: fewer where speculation guessed right.
+    """
 
     prefill: float
     decode: float
     steps: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -98,10 +108,11 @@ class Request:
     """A prompt and what has been generated for it.
 
     `pending` are the tokens that the cache does not hold yet: first the prompt, later the token chosen last. Whoever
-    runs them calls `advance` with the logits of the last one.
+    runs them, with a beginning of `draft` or without, calls `advance` with the logits.
 
     prompt: ids, at least one. limit: tokens that may be generated. ends: ids that end the text. banned: ids that can
-    never be chosen. stop: strings that end it. progress: called with (prompt tokens done, all of them).
+    never be chosen. stop: strings that end it. progress: called with (prompt tokens done, all of them). speculate:
+    whether to draft.
     """
 
     def __init__(
@@ -115,6 +126,7 @@ class Request:
         banned: Sequence[int],
         stop: Sequence[str],
         progress: Callable[[int, int], None] | None = None,
+        speculate: bool = False,
     ) -> None:
         self.prompt = list(prompt)
         self.params = params
@@ -124,7 +136,7 @@ class Request:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.progress = progress
-        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.seed = int.from_bytes(os.urandom(8), "little") >> 1 if params.seed is None else params.seed
         self._limit = limit
         self._ends = ends
         self._banned = list(banned)
@@ -135,7 +147,9 @@ class Request:
         self._taken = 0
         self._logprobs: list[TokenLogprob] = []
         self._begin = self._first = self._end = time.perf_counter()
-        self._steps = 0
+        self._steps = self._chosen = self._drafted = self._accepted = 0
+        self._speculate = speculate
+        self._lookup: Lookup | None = None  # while it runs: thousands may wait, or be kept for their answers
         self._sampler = Sampler(
             temperature=params.temperature,
             top_k=params.top_k,
@@ -164,21 +178,45 @@ class Request:
         self.cached_tokens = cached_tokens
         self.pending = self.prompt[cached_tokens:]
         self._begin = self._first = self._end = time.perf_counter()
+        self._lookup = Lookup(self.prompt) if self._speculate else None
 
-    def advance(self, logits: FloatArray) -> None:
-        """Chooses the next token. logits float32 [vocab_size], of the last pending token."""
+    def draft(self) -> Draft:
+        """What probably follows the pending token, at most as much as may still be generated."""
+        left = self._limit - len(self.output) - 1  # a step brings one token more than it accepts
+        if self._lookup is None or not self.output or left <= 0:
+            return Draft([], [])
+        return self._lookup.draft(min(left, MAX_DRAFT))
+
+    def advance(self, logits: FloatArray, draft: Sequence[int] = ()) -> int:
+        """Chooses a token and, as long as the choice is what `draft` guessed, the next one.
+
+        logits: float32 [1 + len(draft), vocab_size], after the last pending token and after each of the draft. Returns
+        how many tokens of the draft the cache keeps: all chosen here but the last, which is pending as without a draft.
+        """
+        self._steps += 1
+        self._drafted += len(draft)
+        kept = 0
+        while self._choose(logits[kept]) and kept < len(draft) and self.output[-1] == draft[kept]:
+            kept += 1
+        self._accepted += kept
+        return kept
+
+    def _choose(self, logits: FloatArray) -> bool:
+        """Chooses the next token. Returns whether another one may follow."""
         early = len(self.output) < self.params.min_tokens
         banned = self._banned_early if early else self._banned
         token, logprob, top = self._sampler.sample(logits, banned, self.params.logprobs or 0)
         self._end = time.perf_counter()
-        self._steps += 1
-        if self._steps == 1:
+        self._chosen += 1
+        if self._chosen == 1:
             self._first = self._end
         if token in self._ends:
             self._finish("stop")
-            return
+            return False
         self.output.append(token)
         self.pending = [token]
+        if self._lookup is not None:
+            self._lookup.add(token)
         if self.params.logprobs is not None:
             self._logprobs.append(TokenLogprob(token, logprob, tuple(top)))
         text = self._decoder.feed(token)
@@ -191,6 +229,7 @@ class Request:
             self._finish("stop")
         elif len(self.output) >= self._limit:
             self._finish("length")
+        return not self.finished
 
     def take(self) -> str:
         """The text that has come since the last call."""
@@ -205,8 +244,13 @@ class Request:
             token_ids=list(self.output),
             finish_reason=self.finish_reason or "length",
             logprobs=list(self._logprobs) if self.params.logprobs is not None else None,
-            usage=Usage(len(self.prompt), len(self.output), self.cached_tokens),
-            timing=Timing(self._first - self._begin, self._end - self._first, max(0, self._steps - 1)),
+            usage=Usage(len(self.prompt), len(self.output), self.cached_tokens, self._drafted, self._accepted),
+            timing=Timing(
+                self._first - self._begin,
+                self._end - self._first,
+                steps=max(0, self._steps - 1),
+                tokens=max(0, self._chosen - 1),
+            ),
             seed=self.seed,
         )
 
@@ -214,4 +258,5 @@ class Request:
         held = self._decoder.finish() + self._matcher.flush()
         if held:
             self._text.append(held)
+        self._lookup = None
         self.finish_reason = reason

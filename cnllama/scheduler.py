@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cnllama.lookup import StepCosts, worth_running
 from cnllama.request import Request
 
 if TYPE_CHECKING:
@@ -51,25 +54,45 @@ class SlotPool:
         # Half of a cache or more must be of use: a header that all prompts share is no reason to forget a conversation.
         useful = [i for i, slot in enumerate(free) if shared[i] and 2 * shared[i] >= len(slot.tokens)]
         if not useful and len(self._slots) < self._size:
-            self._slots.append(Slot(self._engine.open(rope_length), rope_length))
-            return self._slots[-1]
+            return self._open(rope_length)
         if not free:
             return None
         best = max(useful, key=shared.__getitem__, default=0)
         slot, keep = free[best], shared[best]
+        if slot.rope_length != rope_length:
+            self._slots.remove(slot)
+            return self._open(rope_length)
         del slot.tokens[keep:]
-        if slot.rope_length == rope_length:
-            self._engine.trim(slot.sequence, keep)
-        else:
-            self._engine.close(slot.sequence)
-            slot.sequence, slot.rope_length = self._engine.open(rope_length), rope_length
+        self._engine.trim(slot.sequence, keep)
         self._slots.sort(key=lambda other: other is slot)
         return slot
+
+    def _open(self, rope_length: int) -> Slot:
+        """A new slot; the engine numbers its sequences from 0, always with the lowest number that is free.
+
+        Sequences of no slot are closed first: those of slots given up, and one that Ctrl-C cut off from its slot when
+        it had been opened but not yet noted.
+        """
+        for lost in set(range(self._size)) - {slot.sequence for slot in self._slots}:
+            with suppress(ValueError):  # it is not open
+                self._engine.close(lost)
+        self._slots.append(Slot(self._engine.open(rope_length), rope_length))
+        return self._slots[-1]
 
 
 def _shared(tokens: Sequence[int], prompt: Sequence[int]) -> int:
     count = min(len(tokens), len(prompt) - 1)
     return next((i for i in range(count) if tokens[i] != prompt[i]), max(count, 0))
+
+
+@dataclass(eq=False)
+class Part:
+    """What one request runs in a step: `ids` of its pending tokens, and guesses of what follows them."""
+
+    request: Request
+    slot: Slot
+    ids: list[int]
+    draft: list[int] = field(default_factory=list)
 
 
 class Scheduler:
@@ -80,6 +103,7 @@ class Scheduler:
         self._pool = pool
         self._waiting: deque[tuple[Request, int]] = deque()
         self._running: dict[Request, Slot] = {}
+        self._costs = StepCosts()
         self._lock = threading.RLock()
 
     def add(self, request: Request, length: int) -> None:
@@ -94,10 +118,7 @@ class Scheduler:
                 self._admit()
                 batch = self._next_batch()
                 if batch:
-                    logits = self._engine.step(
-                        [(slot.sequence, np.asarray(ids, np.int32), False) for _, slot, ids in batch]
-                    )
-                    self._advance(batch, logits)
+                    self._advance(batch, self._run(batch))
             except BaseException as error:
                 self.abort(error)
                 raise
@@ -137,25 +158,55 @@ class Scheduler:
                 self._running[request] = slot
             self._waiting.popleft()
 
-    def _next_batch(self) -> list[tuple[Request, Slot, list[int]]]:
+    def _next_batch(self) -> list[Part]:
         """Requests that decode come first, so that a long prompt delays nobody; prompts share what is left."""
         room = self._engine.max_step_tokens
         batch = []
         for request in sorted(self._running, key=lambda r: len(r.pending) > 1):
-            slot = self._running[request]
             ids = request.pending[:room]
             room -= len(ids)
             if ids:
-                batch.append((request, slot, ids))
+                batch.append(Part(request, self._running[request], ids))
+        self._add_drafts(batch, room)
         return batch
 
-    def _advance(self, batch: list[tuple[Request, Slot, list[int]]], logits: FloatArray) -> None:
-        for row, (request, slot, ids) in enumerate(batch):
-            slot.tokens.extend(ids)
-            request.pending = request.pending[len(ids) :]
+    def _add_drafts(self, batch: list[Part], room: int) -> None:
+        drafts = [part.request.draft() for part in batch]
+        if not any(draft.tokens for draft in drafts):
+            return
+        tokens = sum(len(part.ids) for part in batch)
+        deciding = sum(len(part.ids) == len(part.request.pending) for part in batch)
+        lengths = worth_running(drafts, tokens, deciding, room, self._costs)
+        for part, draft, length in zip(batch, drafts, lengths, strict=True):
+            part.draft = draft.tokens[:length]
+
+    def _run(self, batch: list[Part]) -> FloatArray:
+        """float32 [rows, vocab_size]: for every part one row after its `ids` and one after each token of its draft."""
+        entries = [
+            (part.slot.sequence, np.asarray(part.ids + part.draft, np.int32), bool(part.draft)) for part in batch
+        ]
+        begin = time.perf_counter()
+        logits = self._engine.step(entries)
+        seconds = time.perf_counter() - begin
+        if all(len(part.ids) == 1 for part in batch):
+            drafted = sum(len(part.draft) for part in batch)
+            self._costs.note(len(batch) + drafted, drafted, seconds)
+        return logits
+
+    def _advance(self, batch: list[Part], logits: FloatArray) -> None:
+        row = 0
+        for part in batch:
+            request, slot = part.request, part.slot
+            rows = logits[row : row + 1 + len(part.draft)]
+            row += len(rows)
+            slot.tokens.extend(part.ids)
+            request.pending = request.pending[len(part.ids) :]
             if request.progress is not None and not request.output:
                 request.progress(len(request.prompt) - len(request.pending), len(request.prompt))
             if not request.pending:
-                request.advance(logits[row])
+                kept = request.advance(rows, part.draft)
+                slot.tokens.extend(part.draft[:kept])
+            if part.draft:
+                self._engine.trim(slot.sequence, len(slot.tokens))
             if request.finished:
                 del self._running[request]

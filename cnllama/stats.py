@@ -28,7 +28,7 @@ def measure(llm: LLM, completion: Completion, bandwidth: bool = True) -> dict[st
     from cnllama import _core
 
     usage, timing = completion.usage, completion.timing
-    rate = timing.steps / timing.decode if timing.decode > 0 else None
+    rate = _ratio(timing.steps, timing.decode)
     limit = _core.read_bandwidth(llm.threads) if bandwidth else None
     read = bytes_per_step(llm) + llm.plan.kv_per_token * (usage.prompt_tokens + usage.completion_tokens // 2)
     return {
@@ -36,9 +36,14 @@ def measure(llm: LLM, completion: Completion, bandwidth: bool = True) -> dict[st
         "prefill_tokens": usage.prompt_tokens - usage.cached_tokens,
         "prefill_s": timing.prefill,
         "prefill_tokens_per_s": _ratio(usage.prompt_tokens - usage.cached_tokens, timing.prefill),
-        "decode_tokens": timing.steps,
+        "decode_tokens": timing.tokens,
         "decode_s": timing.decode,
-        "decode_tokens_per_s": rate,
+        "decode_tokens_per_s": _ratio(timing.tokens, timing.decode),
+        "decode_steps": timing.steps,
+        "tokens_per_step": _ratio(timing.tokens, timing.steps),
+        "speculate": llm.speculate,
+        "drafted_tokens": usage.drafted_tokens,
+        "accepted_tokens": usage.accepted_tokens,
         "chinese_chars": count_chinese(completion.text),
         "chinese_chars_per_s": _ratio(count_chinese(completion.text), timing.decode),
         "bytes_per_step": read,
@@ -60,13 +65,15 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(
             (tr("Chinese", "中文"), f"{f['chinese_chars']} · {f['chinese_chars_per_s']:.1f} " + tr("chars/s", "字/秒"))
         )
+    if f["speculate"]:
+        lines.append((tr("guesses", "推测"), _guesses(f)))
     if f["bandwidth_share"]:
         share = (
             f"{f['bandwidth_share']:.0%}"
             if f["bandwidth_share"] <= 1
             else tr("over 100%, from the cache", "超过 100%，来自缓存")
         )
-        read = f["bytes_per_step"] * f["decode_tokens_per_s"] / 1e9
+        read = f["bandwidth_share"] * f["bandwidth_bytes_per_s"] / 1e9
         limit = f["bandwidth_bytes_per_s"] / 1e9
         text = tr(
             f"{read:.1f} GB/s of {limit:.1f} GB/s measured with {f['threads']} threads: {share}",
@@ -79,6 +86,16 @@ def table(figures: dict[str, Any]) -> str:
 def _speed(tokens: int, seconds: float, rate: float | None) -> str:
     speed = f" · {rate:.1f} tok/s" if rate else ""
     return f"{tokens} " + tr("tokens", "词元") + f" · {seconds:.2f} s{speed}"
+
+
+def _guesses(figures: dict[str, Any]) -> str:
+    drafted, accepted = figures["drafted_tokens"], figures["accepted_tokens"]
+    share = f" ({accepted / drafted:.0%})" if drafted else ""
+    each = figures["tokens_per_step"] or 1.0
+    return tr(
+        f"{drafted} tokens · {accepted} right{share} · {each:.2f} tokens a step",
+        f"{drafted} 词元 · 猜对 {accepted}{share} · 每步 {each:.2f} 词元",
+    )
 
 
 def _ratio(count: float, seconds: float) -> float | None:

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLM end to end on a small converted model: streams, batches, chats, stops, limits and interruptions."""
+"""LLM end to end on a small converted model: streams, stops, limits and options; test_scheduler.py has the rest."""
 
+import io
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import models
 import numpy as np
 import pytest
 
 from cnllama import LLM, CnllamaError, InputError, SamplingParams
+from cnllama.cli.run import prefill_progress
 from cnllama.request import StopMatcher
 
 PROMPTS = ["从前", "The old man", "天空是蓝色的，因为" * 20, "1984", "好", "a" * 300, "深度学习", "🙂"]
@@ -22,12 +21,6 @@ HOT = {"temperature": 0.9, "top_p": 0.95, "repeat_penalty": 1.1, "seed": 7}
 
 @pytest.fixture(scope="module")
 def llm(tiny_cnl: Path) -> Iterator[LLM]:
-    with LLM(tiny_cnl, ctx=512, threads=1) as opened:
-        yield opened
-
-
-@pytest.fixture
-def fresh(tiny_cnl: Path) -> Iterator[LLM]:
     with LLM(tiny_cnl, ctx=512, threads=1) as opened:
         yield opened
 
@@ -63,20 +56,6 @@ def test_stream_and_generate_give_the_same_text(llm: LLM) -> None:
         decoder = llm.tokenizer.stream(continues=True)
         assert text == "".join(decoder.feed(i) for i in answer.token_ids)
         assert answer.seed == 7
-
-
-def test_a_batch_gives_the_tokens_of_each_alone(tiny_cnl: Path) -> None:
-    params = SamplingParams(max_tokens=30, **HOT)
-    with LLM(tiny_cnl, ctx=512, threads=2, max_sequences=8) as llm:
-        together = llm.generate(PROMPTS, params)
-    with LLM(tiny_cnl, ctx=512, threads=1, max_sequences=3) as llm:
-        queued = llm.generate(PROMPTS, params)
-    for prompt, *answers in zip(PROMPTS, together, queued, strict=True):
-        with LLM(tiny_cnl, ctx=512, threads=1) as llm:
-            (alone,) = llm.generate([prompt], params)
-        assert [a.token_ids for a in answers] == [alone.token_ids] * 2, prompt
-        assert {a.text for a in answers} == {alone.text}
-        assert {a.finish_reason for a in answers} == {alone.finish_reason}
 
 
 def test_one_set_of_parameters_for_each_prompt(llm: LLM) -> None:
@@ -221,127 +200,6 @@ def test_ids_outside_the_vocabulary(llm: LLM) -> None:
             llm.generate([[1, bad]])
 
 
-def test_a_chat_runs_only_what_is_new(fresh: LLM, tiny_cnl: Path) -> None:
-    first = fresh.chat([user("一二三")], max_tokens=10, temperature=0.0)
-    assert first.usage.cached_tokens == 0
-    history = [user("一二三"), {"role": "assistant", "content": first.text}, user("四五六")]
-    second = fresh.chat(history, max_tokens=10, temperature=0.0)
-    assert second.usage.cached_tokens >= len(fresh.prompt_ids([user("一二三")])) - 1
-    with LLM(tiny_cnl, ctx=512, threads=2) as other:
-        alone = other.chat(history, max_tokens=10, temperature=0.0)
-    assert alone.usage.cached_tokens == 0
-    assert alone.token_ids == second.token_ids
-    same = fresh.chat(history, max_tokens=10, temperature=0.0)
-    assert same.usage.cached_tokens == same.usage.prompt_tokens - 1
-    assert same.token_ids == second.token_ids
-    other_start = fresh.chat([user("九")], max_tokens=5, temperature=0.0)
-    assert other_start.usage.cached_tokens < other_start.usage.prompt_tokens
-
-
-def test_two_conversations_keep_their_caches(tiny_cnl: Path) -> None:
-    with LLM(tiny_cnl, ctx=256, threads=1, max_sequences=2, template="alpaca-2") as llm:
-        for text in ("甲" * 20, "乙" * 20):
-            llm.chat([{"role": "system", "content": text}, user("问")], max_tokens=3)
-        for text in ("甲" * 20, "乙" * 20, "甲" * 20):
-            done = llm.chat([{"role": "system", "content": text}, user("问")], max_tokens=3)
-            assert done.usage.cached_tokens == done.usage.prompt_tokens - 1
-
-
-def test_dynamic_positions_never_mix_frequencies(tmp_path: Path, tokenizer_model: bytes) -> None:
-    """A cache made for one planned length is not continued for another one past the trained length."""
-    base = models.make_llama(
-        tmp_path / "base", tokenizer_model, max_position_embeddings=32, rope_scaling={"type": "dynamic", "factor": 4.0}
-    )
-    cnl = models.convert(base, tmp_path / "dynamic.cnl")
-    ids = list(range(300, 400))
-    params = SamplingParams(max_tokens=8, ignore_eos=True)
-    with LLM(cnl, ctx=128, threads=1) as llm:
-        short, long, longer = (llm.generate([ids[:n]], params)[0] for n in (10, 60, 90))
-        assert short.usage.cached_tokens == long.usage.cached_tokens == longer.usage.cached_tokens == 0 or (
-            long.usage.cached_tokens == 0 and longer.usage.cached_tokens == 0
-        )
-        again = llm.generate([ids[:90]], params)[0]
-        assert again.usage.cached_tokens == 89
-    for n, answer in ((10, short), (60, long), (90, longer), (90, again)):
-        with LLM(cnl, ctx=128, threads=1) as llm:
-            assert llm.generate([ids[:n]], params)[0].token_ids == answer.token_ids
-
-
-def test_an_interrupt_leaves_it_usable(fresh: LLM) -> None:
-    expected = fresh.generate(["从前"], max_tokens=20, **HOT)[0]
-    long_prompt = "天空是蓝色的，" * 50
-
-    def interrupt(done: int, total: int) -> None:
-        if 0 < done < total:
-            raise KeyboardInterrupt
-
-    stream = fresh.stream(long_prompt, progress=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        next(stream)
-    assert stream.completion.text == ""
-    assert fresh.generate(["从前"], max_tokens=20, **HOT)[0].token_ids == expected.token_ids
-    whole = fresh.generate([long_prompt], SamplingParams(max_tokens=5))[0]
-    assert whole.usage.cached_tokens == 0 or whole.usage.cached_tokens < whole.usage.prompt_tokens
-
-
-def test_an_interrupt_between_two_answers_of_a_batch(tiny_cnl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM(tiny_cnl, ctx=512, threads=1, max_sequences=3) as llm:
-        expected = [a.token_ids for a in llm.generate(PROMPTS, max_tokens=10, **HOT)]
-        scheduler = llm._scheduler
-        assert scheduler is not None
-        advance, calls = scheduler._advance, 0
-
-        def interrupted(batch: Any, logits: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == 5:
-                raise KeyboardInterrupt
-            advance(batch, logits)
-
-        monkeypatch.setattr(scheduler, "_advance", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(PROMPTS, max_tokens=10, **HOT)
-        assert [a.token_ids for a in llm.generate(PROMPTS, max_tokens=10, **HOT)] == expected
-
-
-def test_an_abandoned_stream_makes_room(fresh: LLM) -> None:
-    for _ in range(3):
-        next(fresh.stream("从前", max_tokens=100, ignore_eos=True))
-    stream = fresh.stream("从前", max_tokens=100, ignore_eos=True)
-    next(stream)
-    stream.close()
-    assert len(fresh.generate(["好"], SamplingParams(max_tokens=5, ignore_eos=True))[0].token_ids) == 5
-    assert not list(stream)
-
-
-def test_streams_of_one_model_can_alternate(tiny_cnl: Path) -> None:
-    for sequences in (1, 2):
-        with LLM(tiny_cnl, ctx=512, threads=1, max_sequences=sequences) as llm:
-            expected = [a.text for a in llm.generate(["从前", "好"], max_tokens=20, **HOT)]
-            streams = [llm.stream(prompt, max_tokens=20, **HOT) for prompt in ("从前", "好")]
-            texts = ["", ""]
-            for _ in range(60):
-                for i, stream in enumerate(streams):
-                    texts[i] += next(stream, "")
-            assert texts == expected
-
-
-def test_threads_share_one_model(tiny_cnl: Path) -> None:
-    with LLM(tiny_cnl, ctx=512, threads=1, max_sequences=2) as llm:
-        expected = [a.text for a in llm.generate(PROMPTS, max_tokens=15, **HOT)]
-        texts = [""] * len(PROMPTS)
-
-        def answer(i: int) -> None:
-            texts[i] = "".join(llm.stream(PROMPTS[i], max_tokens=15, **HOT))
-
-        workers = [threading.Thread(target=answer, args=(i,)) for i in range(len(PROMPTS))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    assert texts == expected
-
-
 def test_two_models_at_once(tiny_cnl: Path) -> None:
     with LLM(tiny_cnl, ctx=128, threads=1) as first, LLM(tiny_cnl, ctx=64, threads=2, kv_type="int8") as second:
         a, b = first.stream("从前", max_tokens=10, **HOT), second.stream("从前", max_tokens=10, **HOT)
@@ -416,6 +274,33 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     assert not loaded & {"torch", "transformers", "peft", "accelerate", "safetensors", "cnllama.convert"}
     if module == "cnllama":
         assert not loaded & {"numpy", "sentencepiece"}
+
+
+def test_a_short_answer_loads_no_progress_bar(tiny_cnl: Path) -> None:
+    code = (
+        "import sys; from cnllama.cli.main import main; main(['run', '-m', sys.argv[1], '-p', '好', '-n', '3']); "
+        "print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_cnl)], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    assert "cnllama.llm" in loaded
+    assert not loaded & {"tqdm", "traceback", "secrets", "statistics"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_prompt_that_takes_long_has_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    for patience, shown in ((0.0, True), (60.0, False)):
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setattr("cnllama.cli.run.PATIENCE", patience)
+        with prefill_progress() as update:
+            for done in (100, 300, 400):
+                update(done, 400)
+        assert ("prompt" in terminal.getvalue()) == shown
 
 
 def test_public_names_exist() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """-m, --template, --raw, --system, --ctx, --kv, --threads, --device."""
+    """-m, --template, --raw, --system, --ctx, --kv, --threads, --device, --speculate."""
     group = parser.add_argument_group(tr("model", "模型"))
     group.add_argument("-m", "--model", metavar="FILE", help=tr("a .cnl file", ".cnl 文件"))
     group.add_argument(
@@ -37,6 +37,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=int, default=0, metavar="N", help=tr("0: physical cores", "0：物理核数"))
     group.add_argument("--device", default="auto", metavar="NAME", help=tr("cpu or auto", "cpu 或 auto"))
+    group.add_argument(
+        "--speculate",
+        metavar="HOW",
+        help=tr(
+            "lookup: guess from earlier text; the same answer, faster where it repeats",
+            "lookup：按前文猜测；答案不变，重复处更快",
+        ),
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +122,7 @@ def open_model(args: argparse.Namespace) -> LLM:
             threads=args.threads,
             kv_type=args.kv,
             template="raw" if args.raw else args.template,
+            speculate=args.speculate,
         )
     for warning in caught:
         print(tr("cnllama: warning: ", "cnllama：警告：") + str(warning.message), file=sys.stderr)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 HELP = tr("answer one prompt, streamed", "回答一个提示，流式输出")
 INTERRUPTED = 130
+PATIENCE = 2.0  # seconds that a prompt may take without a progress bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +70,7 @@ class prefill_progress:  # noqa: N801
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._begin = time.monotonic()
 
     def __enter__(self) -> Callable[[int, int], None]:
         return self._update
@@ -78,10 +81,11 @@ class prefill_progress:  # noqa: N801
 
     def _update(self, done: int, total: int) -> None:
         if self._bar is None:
-            from tqdm import tqdm
+            if done == total or time.monotonic() - self._begin < PATIENCE or not sys.stderr.isatty():
+                return
+            from tqdm import tqdm  # here: importing it takes as long as a short answer
 
-            hidden = not sys.stderr.isatty()
-            self._bar = tqdm(total=total, desc=tr("prompt", "提示"), unit="tok", delay=2, leave=False, disable=hidden)
+            self._bar = tqdm(total=total, desc=tr("prompt", "提示"), unit="tok", leave=False)
         self._bar.update(done - self._bar.n)
         if done == total:
             self._bar.close()
