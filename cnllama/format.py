@@ -112,6 +112,11 @@ class CnlFile:
         """Name -> (bytes, scheme, rows, cols) of every tensor the engine reads."""
         return {name: (t.data, t.scheme, t.rows, t.cols) for name, t in self.tensors.items() if t.scheme != "raw"}
 
+    def release(self, name: str) -> None:
+        """Drops the pages of a tensor from memory; reading it again brings them back."""
+        entry = self._file.entries[name]
+        self._file.release(entry.begin, entry.end)
+
     def data_chunks(self, size: int = 1 << 24) -> Iterator[Bytes]:
         """The data area in pieces, dropped from memory once read: for hashing files larger than the memory."""
         for begin in range(self._file.data_begin, self.size, size):

@@ -7,14 +7,13 @@ import argparse
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from cnllama.errors import CnllamaError, InputError
 from cnllama.textio import configure_stdio, decode_argument, tr
 
-VERBS = ("run", "chat", "convert", "info", "verify", "plan", "tokenizer", "adapt")
+VERBS = ("run", "chat", "convert", "info", "verify", "plan", "export", "bench", "tokenizer", "adapt", "eval")
 INTERRUPTED = 130
 
 
@@ -80,7 +79,9 @@ def _dispatch(arguments: list[str]) -> int:
     parser = Parser(prog=f"cnllama {verb}", description=module.HELP, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help=tr("show the traceback of an error", "出错时显示调用栈"))
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(arguments[1:])))
+    args = parser.parse_args(arguments[1:])
+    args.command_line = ["cnllama", *arguments]
+    return int(module.run(args))
 
 
 def _take_debug(arguments: list[str]) -> bool:
@@ -101,6 +102,8 @@ def _print_help() -> None:
 
 def _failed(message: str, code: int, debug: bool) -> int:
     if debug:
+        import traceback
+
         traceback.print_exc()
     try:
         sys.stdout.flush()

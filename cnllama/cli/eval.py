@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cnllama eval ppl | kl | ceval | cmmlu: measures of a packed file that others can repeat."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cnllama.container import Output
+from cnllama.errors import InputError
+from cnllama.textio import tr
+
+if TYPE_CHECKING:
+    from cnllama.eval.models import Scorer
+    from cnllama.eval.text_scores import Reference
+    from cnllama.eval.texts import Text
+    from cnllama.format import CnlFile
+    from cnllama.llm import LLM
+
+HELP = tr("measure a .cnl: perplexity, KL against the checkpoint, C-Eval, CMMLU", "评测：困惑度、KL、C-Eval、CMMLU")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The four measures, each with its own options."""
+    verbs = parser.add_subparsers(dest="measure", required=True, metavar="ppl | kl | ceval | cmmlu")
+    add = verbs.add_parser
+    _add_ppl(add("ppl", help=tr("perplexity per token and per character", "困惑度"), allow_abbrev=False))
+    _add_kl(add("kl", help=tr("divergence from the checkpoint that was packed", "与原模型的差异"), allow_abbrev=False))
+    for name, title in (("ceval", "C-Eval"), ("cmmlu", "CMMLU")):
+        _add_choice(add(name, help=tr(f"multiple choice: {title}", f"选择题：{title}"), allow_abbrev=False), name)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, writes the files that were asked for. Returns the exit code."""
+    return {"ppl": _ppl, "kl": _kl}.get(args.measure, _choice)(args)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ctx", type=int, metavar="N", help=tr("tokens of the context", "上下文长度"))
+    parser.add_argument("--kv", default="fp16", metavar="TYPE", help=tr("fp16 or int8 cache", "缓存类型：fp16 或 int8"))
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help=tr("0: physical cores", "0：物理核数"))
+    parser.add_argument("--json", type=Path, metavar="OUT", help=tr("write the result to a file", "把结果写入文件"))
+
+
+def _add_reference_options(parser: argparse.ArgumentParser) -> None:
+    from cnllama.eval.reference import DTYPES
+
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="DIR",
+        help=tr("the Hugging Face checkpoint that was packed", "被转换的 Hugging Face 模型"),
+    )
+    parser.add_argument(
+        "--lora", type=Path, metavar="DIR", action="append", default=[], help=tr("and its adapters", "及其 LoRA")
+    )
+    parser.add_argument(
+        "--reference-dtype", choices=DTYPES, default="float32", help=tr("what it is run in", "参考模型的精度")
+    )
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stride", type=int, metavar="N", help=tr("tokens a window predicts (ctx / 2)", "窗口步长"))
+    parser.add_argument(
+        "--documents",
+        action="store_true",
+        help=tr("blank lines part documents, which are scored apart", "空行分隔的文档分别评测"),
+    )
+    parser.add_argument("--chars", type=int, metavar="N", help=tr("only the first N characters", "只用前 N 个字符"))
+
+
+def _add_ppl(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help=tr("a .cnl file", ".cnl 文件"))
+    parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help=tr("text or .jsonl", "文本或 .jsonl"))
+    _add_text_options(parser)
+    _add_model_options(parser)
+
+
+def _add_kl(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help=tr("a .cnl file", ".cnl 文件"))
+    parser.add_argument("text", type=Path, metavar="TEXT", help=tr("text or .jsonl", "文本或 .jsonl"))
+    _add_reference_options(parser)
+    parser.add_argument(
+        "--save-reference", type=Path, metavar="OUT", help=tr("keep the checkpoint's log probabilities", "保存参考概率")
+    )
+    parser.add_argument(
+        "--reference-logits", type=Path, metavar="IN", help=tr("use kept ones instead", "使用已保存的参考概率")
+    )
+    _add_text_options(parser)
+    _add_model_options(parser)
+
+
+def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
+    from cnllama.eval.answers import VARIANTS
+    from cnllama.eval.benchmarks import BENCHMARKS
+    from cnllama.eval.prompts import PRESETS
+
+    benchmark = BENCHMARKS[name]
+    add = parser.add_argument
+    add("file", type=Path, nargs="?", metavar="FILE", help=tr("a .cnl (default: the bundled one)", ".cnl 文件"))
+    add("--data", type=Path, required=True, metavar="DIR", help=tr("the official files, with dev/", "官方数据目录"))
+    add("--split", choices=benchmark.splits, default=benchmark.default_split)
+    add("--shots", type=int, default=0, metavar="N", help=tr("solved examples before a question", "示例数量"))
+    add("--subject", action="append", default=[], metavar="KEY", help=tr("only this one; repeatable", "只评测该科目"))
+    add("--preset", choices=PRESETS, default="auto", help=tr("form of the prompt (the file's)", "提示形式"))
+    add("--letters", choices=VARIANTS, default="both", help=tr("spellings of A-D whose logits count", "字母的写法"))
+    add("--penalty", type=float, default=1.0, metavar="R", help=tr("repetition penalty on letters", "字母的重复惩罚"))
+    add("--generate", action="store_true", help=tr("let it write, and read the letter out of that", "自由生成"))
+    add("--cot", action="store_true", help=tr("step by step; with --generate", "思维链"))
+    add("--temp", type=float, metavar="T", help=tr("of --generate (0.2)", "生成温度"))
+    add("--seed", type=int, default=1, metavar="S", help=tr("of --generate", "生成的随机种子"))
+    add("--max-tokens", type=int, metavar="N", help=tr("of --generate (20; with --cot 512)", "生成长度"))
+    add("--sequences", type=int, default=1, metavar="N", help=tr("generated at once", "同时生成的数量"))
+    add("--log", type=Path, metavar="OUT", help=tr("every prompt and answer, JSON lines", "记录全部提示与回答"))
+    if name == "ceval":
+        add("--submission", type=Path, metavar="OUT", help=tr("the letters as C-Eval takes them", "提交文件"))
+    _add_reference_options(parser)
+    _add_model_options(parser)
+
+
+def _ppl(args: argparse.Namespace) -> int:
+    from cnllama.eval.text_scores import measure_perplexity
+    from cnllama.format import open_cnl
+
+    with _Files(args.json) as files:
+        texts = [_read(path, args) for path in args.texts]
+        result = measure_perplexity(open_cnl(args.file), texts, _opener(args), context=args.ctx, stride=args.stride)
+        files.write_json(args.json, _command(args) | result)
+    for row in result["texts"]:
+        print(
+            f"{row['text']}: perplexity {row['perplexity_per_token']:.4f} per token, "
+            f"{row['perplexity_per_character']:.4f} per character, {row['bits_per_character']:.4f} bits per character; "
+            f"{row['tokens']:,} tokens, {row['characters']:,} characters in {row['documents']:,} documents; "
+            f"context {result['context']}, stride {result['stride']}; {row['seconds']:.1f} s, "
+            f"{row['tokens_run_per_s']:,.0f} tok/s"
+        )
+    return 0
+
+
+def _kl(args: argparse.Namespace) -> int:
+    from cnllama.eval.text_scores import measure_divergence
+    from cnllama.format import open_cnl
+
+    with _Files(args.json) as files:
+        file = open_cnl(args.file)
+        result = measure_divergence(
+            file,
+            _read(args.text, args),
+            _opener(args),
+            reference=_reference(args, file),
+            stored=args.reference_logits,
+            save=args.save_reference,
+            context=args.ctx,
+            stride=args.stride,
+            say=_say,
+        )
+        files.write_json(args.json, _command(args) | result)
+    r = result
+    print(
+        f"{r['text']}: KL(reference || {args.file.name}) mean {r['kl_mean']:.6f} (±{r['kl_mean_standard_error']:.6f}), "
+        f"median {r['kl_median']:.6f}, 99 % {r['kl_p99']:.6f}, largest {r['kl_max']:.6f} nats; "
+        f"same most likely token {r['top1_agreement']:.2%}; perplexity {r['perplexity_per_token']:.4f} against "
+        f"{r['reference_perplexity_per_token']:.4f} ({r['perplexity_ratio'] - 1:+.2%}); {r['tokens']:,} tokens, "
+        f"context {r['context']}, stride {r['stride']}"
+    )
+    return 0
+
+
+def _choice(args: argparse.Namespace) -> int:
+    from cnllama.eval.benchmarks import BENCHMARKS
+    from cnllama.eval.multiple_choice import evaluate
+    from cnllama.eval.results import sentences, submission, table
+    from cnllama.eval.text_scores import progress_bar
+    from cnllama.format import open_cnl
+    from cnllama.llm import bundled_model
+
+    asked = getattr(args, "submission", None)
+    with _Files(args.json, args.log, asked) as files:
+        file = open_cnl(args.file or bundled_model())
+        run = evaluate(
+            BENCHMARKS[args.measure],
+            file,
+            args.data,
+            _settings(args),
+            _opener(args),
+            reference=_reference(args, file),
+            bar=progress_bar,
+            say=_say,
+        )
+        files.write_json(args.json, _command(args) | run.result)
+        if args.log:
+            lines = (json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in run.answers)
+            files.write(args.log, "".join(lines))
+        files.write_json(asked, submission(run.answers))
+    print(table(run.result))
+    print()
+    print("\n".join(sentences(run.result)))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from cnllama.eval.multiple_choice import ANSWER_TOKENS, SAMPLING, STEPS_TOKENS, Settings
+
+    params = None
+    if args.generate or args.cot:
+        tokens = args.max_tokens or (STEPS_TOKENS if args.cot else ANSWER_TOKENS)
+        params = SAMPLING.with_changes(seed=args.seed, max_tokens=tokens)
+        if args.temp is not None:
+            params = params.with_changes(temperature=args.temp)
+    if params and args.reference:
+        raise InputError("--reference compares choices by logits: leave out --generate and --cot")
+    if args.sequences < 1:
+        raise InputError(f"--sequences is {args.sequences}, expected 1 or more")
+    if not args.penalty > 0:
+        raise InputError(f"--penalty is {args.penalty}, expected more than 0")
+    return Settings(
+        split=args.split,
+        shots=args.shots,
+        cot=args.cot,
+        preset=args.preset,
+        letters=args.letters,
+        penalty=args.penalty,
+        params=params,
+        context=args.ctx,
+        sequences=args.sequences,
+        only=tuple(args.subject),
+    )
+
+
+def _read(path: Path, args: argparse.Namespace) -> Text:
+    from cnllama.eval.texts import read_text
+
+    if args.chars is not None and args.chars < 1:
+        raise InputError(f"--chars is {args.chars}, expected 1 or more")
+    text, problems = read_text(path, args.documents, args.chars)
+    for problem in problems:
+        _say(problem)
+    return text
+
+
+def _reference(args: argparse.Namespace, file: CnlFile) -> Reference | None:
+    if args.reference is None:
+        if args.lora:
+            raise InputError("--lora belongs to --reference: name the checkpoint too")
+        return None
+    from cnllama.eval.reference import check_reference
+    from cnllama.eval.text_scores import other_vocabulary
+
+    found = check_reference(args.reference, args.lora, args.reference_dtype).config["vocab_size"]
+    if found != file.vocab_size:
+        raise other_vocabulary(args.reference, found, file)
+
+    def open_it() -> tuple[Scorer, dict[str, Any]]:
+        from cnllama.eval.reference import open_reference
+
+        described = {"directory": str(args.reference), "lora": list(map(str, args.lora)), "dtype": args.reference_dtype}
+        return open_reference(args.reference, args.lora, args.reference_dtype), described
+
+    return open_it
+
+
+def _opener(args: argparse.Namespace) -> Any:
+    def open_llm(path: Path, context: int, sequences: int) -> LLM:
+        from cnllama.llm import LLM
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            llm = LLM(path, ctx=context, threads=args.threads, kv_type=args.kv, max_sequences=sequences)
+        for warning in caught:
+            _say(str(warning.message))
+        return llm
+
+    return open_llm
+
+
+def _command(args: argparse.Namespace) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {"command": shlex.join(args.command_line), "cnllama": version("cnllama")}
+
+
+def _say(sentence: str) -> None:
+    print(tr("cnllama: ", "cnllama：") + sentence, file=sys.stderr)
+
+
+class _Files:
+    """Results to write: opened before the work, so that a place that cannot be written is found out at once."""
+
+    def __init__(self, *paths: Path | None) -> None:
+        self._stack = ExitStack()
+        self._outputs: dict[Path, Output] = {}
+        given = [path for path in paths if path is not None]
+        if len({path.resolve() for path in given}) < len(given):
+            raise InputError(f"{given[0]}: two results are to go into one file: give them different names")
+        with self._stack:
+            for path in given:
+                self._outputs[path] = self._stack.enter_context(Output(path))
+            self._stack = self._stack.pop_all()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def write(self, path: Path | None, text: str) -> None:
+        if path is not None:
+            self._outputs[path].write(text.encode("utf-8", "replace"), 0)
+            self._outputs[path].commit()
+
+    def write_json(self, path: Path | None, value: object) -> None:
+        self.write(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")

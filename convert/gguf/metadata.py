@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metadata of a GGUF file: architecture, rotary scaling and tokenizer under llama.cpp's keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cnllama.errors import InputError
+from cnllama.format import CnlFile
+from cnllama.templates import TEMPLATES
+from cnllama.tokenizer import Tokenizer
+
+from ..tokenizers import load_sentencepiece
+from .chat_template import to_jinja
+from .container import ALIGNMENT, GgmlType, Value, boolean, float32, float32s, int32s, text, texts, uint32
+from .sentencepiece_model import BPE, PieceType, SentencePieceModel, parse
+
+# llama.cpp's name for the type that most of the weights have.
+_FILE_TYPES = {GgmlType.F32: 0, GgmlType.F16: 1, GgmlType.Q4_0: 2, GgmlType.Q4_1: 3, GgmlType.Q8_0: 7}
+_QUANTIZATION_VERSION = 2
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass
+class Metadata:
+    """Keys of the file, the tensor that goes with a rotary scaling, and what llama.cpp will do otherwise than we do."""
+
+    values: dict[str, Value]
+    rope_factors: FloatArray | None = None  # [head_dim / 2]
+    warnings: list[str] = field(default_factory=list)
+
+
+def make_metadata(file: CnlFile, main_type: GgmlType) -> Metadata:
+    """Everything but the table of tensors. Raises InputError for a tokenizer that llama.cpp cannot reproduce."""
+    result = Metadata(
+        {
+            "general.architecture": text("llama"),
+            "general.type": text("model"),
+            "general.name": text(file.path.stem),
+            "general.alignment": uint32(ALIGNMENT),
+            "general.file_type": uint32(_FILE_TYPES[main_type]),
+            "general.quantization_version": uint32(_QUANTIZATION_VERSION),
+            "cnllama.content_sha256": text(file.fingerprint["content_sha256"]),
+        }
+    )
+    result.values |= _architecture(file.config)
+    _add_rope(result, file.config)
+    _add_tokenizer(result, file)
+    return result
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Value]:
+    counts = {
+        "vocab_size": "vocab_size",
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "rope.dimension_count": "head_dim",
+    }
+    values = {f"llama.{key}": uint32(config[name]) for key, name in counts.items()}
+    values["llama.attention.layer_norm_rms_epsilon"] = float32(config["rms_norm_eps"])
+    values["llama.rope.freq_base"] = float32(config["rope_theta"])
+    return values
+
+
+def _add_rope(metadata: Metadata, config: Mapping[str, Any]) -> None:
+    """Scaling by llama.cpp's own rule where it has the same one, else by a factor for each frequency."""
+    scaling = config["rope_scaling"]
+    if scaling is None:
+        return
+    kind, factor = scaling["rope_type"], scaling.get("factor", 1.0)
+    prefix = "llama.rope.scaling."
+    if kind == "dynamic":
+        metadata.warnings.append(
+            f"llama.cpp has no dynamic RoPE scaling: the file is the same model up to "
+            f"{config['max_position_embeddings']} positions and runs unscaled beyond"
+        )
+    elif kind == "linear":
+        metadata.values |= {prefix + "type": text("linear"), prefix + "factor": float32(factor)}
+    elif kind == "llama3":
+        metadata.rope_factors = _plain(config) / _llama3(scaling, _plain(config))
+    else:
+        natural = 0.1 * math.log(factor) + 1  # the amplitude that llama.cpp gives YaRN by itself
+        amplitude = _amplitude(scaling)
+        standard = scaling.get("beta_fast", 32.0) == 32 and scaling.get("beta_slow", 1.0) == 1
+        if standard and scaling.get("truncate", True):
+            metadata.values |= {
+                prefix + "type": text("yarn"),
+                prefix + "factor": float32(factor),
+                prefix + "original_context_length": uint32(scaling["original_max_position_embeddings"]),
+            }
+            amplitude /= natural
+        else:  # llama.cpp reads other ramps for other architectures only
+            metadata.rope_factors = _plain(config) / _yarn(scaling, config)
+        if amplitude != 1:
+            metadata.values[prefix + "attn_factor"] = float32(amplitude)
+
+
+def _plain(config: Mapping[str, Any]) -> FloatArray:
+    """[head_dim / 2] inverse frequencies without scaling."""
+    exponents: FloatArray = np.arange(config["head_dim"] // 2) * (-2 / config["head_dim"])
+    return np.power(float(config["rope_theta"]), exponents)
+
+
+def _llama3(scaling: Mapping[str, Any], plain: FloatArray) -> FloatArray:
+    context, low, high = (
+        scaling[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    # Turns within the original context decide: few are interpolated, many are left, between the two it is blended.
+    smooth = np.clip((context * plain / (2 * math.pi) - low) / (high - low), 0, 1)
+    return np.asarray((1 - smooth) * plain / scaling["factor"] + smooth * plain)
+
+
+def _yarn(scaling: Mapping[str, Any], config: Mapping[str, Any]) -> FloatArray:
+    dims, theta = config["head_dim"], config["rope_theta"]
+
+    def dimension(turns: float) -> float:
+        context = scaling["original_max_position_embeddings"]
+        return float(dims * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta)))
+
+    low, high = dimension(scaling.get("beta_fast", 32.0)), dimension(scaling.get("beta_slow", 1.0))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    if low == high:
+        high += 0.001
+    plain = _plain(config)
+    ramp = np.clip((np.arange(dims // 2) - low) / (high - low), 0, 1)
+    return np.asarray(plain / scaling["factor"] * ramp + plain * (1 - ramp))
+
+
+def _amplitude(scaling: Mapping[str, Any]) -> float:
+    """What YaRN multiplies cos and sin with."""
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    growth = 0.1 * math.log(scaling["factor"])
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        return float((growth * scaling["mscale"] + 1) / (growth * scaling["mscale_all_dim"] + 1))
+    return growth + 1
+
+
+def _add_tokenizer(metadata: Metadata, file: CnlFile) -> None:
+    model = parse(file.tokenizer_model, str(file.path))
+    _check_tokenizer(model, file, metadata.warnings)
+    tokenizer = Tokenizer(file.tokenizer_model, file.tokenizer)
+    names, scores, types = _vocabulary(model, tokenizer, file.vocab_size, metadata.warnings)
+    metadata.values |= {
+        "tokenizer.ggml.model": text("llama"),
+        "tokenizer.ggml.pre": text("default"),
+        "tokenizer.ggml.tokens": texts(names),
+        "tokenizer.ggml.scores": float32s(scores),
+        "tokenizer.ggml.token_type": int32s(types),
+        "tokenizer.ggml.add_bos_token": boolean(tokenizer.add_bos),
+        "tokenizer.ggml.add_eos_token": boolean(False),
+        "tokenizer.ggml.add_space_prefix": boolean(file.tokenizer["add_dummy_prefix"]),
+    }
+    metadata.values |= {f"tokenizer.ggml.{key}_token_id": uint32(i) for key, i in _special_ids(file, tokenizer).items()}
+    jinja = to_jinja(TEMPLATES[file.template], bos=tokenizer.add_bos, eos=tokenizer.eos_id >= 0)
+    if jinja is not None:
+        metadata.values["tokenizer.chat_template"] = text(jinja)
+
+
+def _check_tokenizer(model: SentencePieceModel, file: CnlFile, warnings: list[str]) -> None:
+    if model.model_type != BPE:
+        raise InputError(
+            f"{file.path}: its tokenizer is a SentencePiece model of type {model.model_type}, and llama.cpp cuts text "
+            f"into the same tokens only for BPE, type {BPE}; this model cannot be exported"
+        )
+    if model.space_is_suffix:
+        raise InputError(
+            f"{file.path}: its tokenizer puts spaces at the end of words, which llama.cpp's does not; "
+            "this model cannot be exported"
+        )
+    if model.normalizes:
+        warnings.append("llama.cpp does not normalize text as this tokenizer does: some texts get other tokens there")
+    if model.remove_extra_spaces:
+        warnings.append("llama.cpp keeps repeated spaces, which this tokenizer removes")
+    if PieceType.BYTE not in model.types:
+        warnings.append("the tokenizer has no bytes: llama.cpp fails on characters that are not in the vocabulary")
+
+
+def _vocabulary(
+    model: SentencePieceModel, tokenizer: Tokenizer, rows: int, warnings: list[str]
+) -> tuple[list[str], list[float], list[int]]:
+    """(name, score, type) of every row: pieces, added tokens, and rows that belong to none. No name occurs twice."""
+    names, scores, types = list(model.pieces), list(model.scores), [int(kind) for kind in model.types]
+    taken = set(names)
+    for i in range(len(names), rows):
+        name, kind = tokenizer.piece(i) if tokenizer.has(i) else "", PieceType.UNUSED
+        if name and name not in taken:
+            # Tokens that print nothing are control tokens: llama.cpp finds the others in any text.
+            kind = PieceType.USER_DEFINED if tokenizer.surface(i).text else PieceType.CONTROL
+        else:
+            if name:
+                warnings.append(f"the added token {name!r}, {i}, is spelt like a piece: llama.cpp will not know it")
+            name = f"[UNUSED{i}]"
+            while name in taken or name in tokenizer.added_tokens:
+                name += "_"
+        taken.add(name)
+        names.append(name)
+        scores.append(0.0)
+        types.append(int(kind))
+    return names, scores, types
+
+
+def _special_ids(file: CnlFile, tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids by GGUF's name for them; those the model lacks are left out."""
+    processor = load_sentencepiece(file.tokenizer_model, str(file.path))
+    ends = [*file.generation["eos_token_ids"], tokenizer.eos_id]
+    stops = [tokenizer.special_id(name) for name in TEMPLATES[file.template].stop_tokens]
+    turn_ends = [i for i in (*file.generation["eos_token_ids"][1:], *stops) if i is not None and i != ends[0]]
+    pad = next((i for name in ("[PAD]", "<pad>", "<PAD>") if (i := tokenizer.special_id(name)) is not None), -1)
+    ids = {
+        "bos": tokenizer.bos_id,
+        "eos": ends[0],
+        "unknown": int(processor.unk_id()),
+        "padding": pad if pad >= 0 else int(processor.pad_id()),
+        "eot": turn_ends[0] if turn_ends else -1,
+    }
+    return {name: i for name, i in ids.items() if i >= 0}
