@@ -33,7 +33,9 @@ def dequantize(
 
 def isa() -> str: ...
 def isas() -> list[str]:
-    """Instruction sets this machine can run, slowest first: "scalar", "avx2", "avx512"."""
+    """Instruction sets this machine can run, slowest first: "scalar", then "avx2", "avxvnni", "avx512" of x86-64 or
+    "neon-dotprod", "neon-i8mm" of aarch64.
+    """
 
 def use_isa(name: str) -> None:
     """Switches the kernels of this process. Raises ValueError for a name the machine lacks."""

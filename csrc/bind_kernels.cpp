@@ -85,7 +85,7 @@ std::vector<std::unique_ptr<AlignedWeight>> align_all(const std::vector<PackedMa
 }
 
 /// Activations back in rows: (int8 [m, cols], float [m, spans], int32 [m, ceil(cols / 32)] sums).
-py::tuple unpack(const ops::Activations::Data& d) {
+py::tuple unpack(const ActivationData& d) {
     const std::int64_t padded = d.padded(d.cols), spans = d.spans(d.cols);
     py::array_t<std::int8_t> values({d.m, padded});
     py::array_t<float> scales({d.m, spans});
@@ -111,14 +111,14 @@ py::tuple quantize_activations(const Floats& x, const std::optional<Floats>& gam
     const auto [m, cols] = matrix_shape(x, "x");
     const float* weights = vector_of(gamma, cols, "gamma");
     const IsaScope scope(isa);
-    ops::Activations out(m, cols);
+    ops::Activations out(m, cols, threads);
     ThreadPool(threads).run([&, rows = m, columns = cols](Team& team) {
         if (weights)
             ops::rms_norm(team, x.data(), weights, eps, rows, columns, out);
         else
             ops::quantize(team, x.data(), rows, columns, out);
     });
-    return unpack(out.data());
+    return unpack(out.data().own.empty() ? out.data().shared : *out.data().own[0]->current);
 }
 
 py::list matmul(const Floats& x, const std::vector<PackedMatrix>& matrices, const std::string& isa, int threads) {
@@ -133,7 +133,7 @@ py::list matmul(const Floats& x, const std::vector<PackedMatrix>& matrices, cons
         projections.push_back(
             {&w, vector_of(std::get<3>(matrices[i]), w.rows, "bias"), outputs.back().mutable_data(), w.rows});
     }
-    ops::Activations a(m, cols);
+    ops::Activations a(m, cols, threads);
     ThreadPool(threads).run([&, rows = m, columns = cols](Team& team) {
         ops::quantize(team, x.data(), rows, columns, a);
         ops::matmul(team, a, projections);
@@ -155,7 +155,7 @@ py::array_t<float> matmul_add(const Floats& x, const PackedMatrix& matrix, const
     std::memcpy(out.mutable_data(), residual.data(), static_cast<std::size_t>(out.nbytes()));
     const float* bias = vector_of(std::get<3>(matrix), w.rows, "bias");
     float* target = out.mutable_data();
-    ops::Activations a(m, cols);
+    ops::Activations a(m, cols, threads);
     ThreadPool(threads).run([&, rows = m, columns = cols](Team& team) {
         ops::quantize(team, x.data(), rows, columns, a);
         ops::matmul_add(team, a, w, bias, target);
@@ -163,8 +163,9 @@ py::array_t<float> matmul_add(const Floats& x, const PackedMatrix& matrix, const
     return out;
 }
 
-py::array_t<float> matmul_swiglu(const Floats& x, const PackedMatrix& gate, const PackedMatrix& up,
-                                 const std::string& isa, int threads) {
+/// (h, quantize(h) as quantize_activations returns it)
+py::tuple matmul_swiglu_quantized(const Floats& x, const PackedMatrix& gate, const PackedMatrix& up,
+                                  const std::string& isa, int threads) {
     const auto [m, cols] = matrix_shape(x, "x");
     const IsaScope scope(isa);
     const auto weights = align_all({gate, up}, cols);
@@ -174,12 +175,17 @@ py::array_t<float> matmul_swiglu(const Floats& x, const PackedMatrix& gate, cons
     const float* gate_bias = vector_of(std::get<3>(gate), g.rows, "gate bias");
     const float* up_bias = vector_of(std::get<3>(up), g.rows, "up bias");
     float* target = out.mutable_data();
-    ops::Activations a(m, cols);
+    ops::Activations a(m, cols, threads), quantized(m, g.rows);
     ThreadPool(threads).run([&, rows = m, columns = cols](Team& team) {
         ops::quantize(team, x.data(), rows, columns, a);
-        ops::matmul_swiglu(team, a, g, gate_bias, u, up_bias, target);
+        ops::matmul_swiglu(team, a, g, gate_bias, u, up_bias, target, &quantized);
     });
-    return out;
+    return py::make_tuple(out, unpack(quantized.data().shared));
+}
+
+py::object matmul_swiglu(const Floats& x, const PackedMatrix& gate, const PackedMatrix& up, const std::string& isa,
+                         int threads) {
+    return matmul_swiglu_quantized(x, gate, up, isa, threads)[0];
 }
 
 py::array_t<float> embed(const Bytes& packed, const std::string& scheme, std::int64_t rows, std::int64_t cols,
@@ -293,15 +299,69 @@ py::array_t<float> attention(const Floats& q, const Floats& k, const Floats& v, 
             "q must be [queries, heads * head_dim]");
     py::array_t<float> out({test.query_rows, heads * head_dim});
     float* target = out.mutable_data();
-    std::vector<float> keys(k.data(), k.data() + k.size());
+    std::vector<float> keys(k.data(), k.data() + k.size()), queries(q.data(), q.data() + q.size());
     std::vector<float> unused(static_cast<std::size_t>(rows * heads * head_dim));
     const std::vector<float> cos(static_cast<std::size_t>(rows * head_dim / 2), 1.0f), sin(cos.size(), 0.0f);
     const std::vector<SequenceRows> all = test.all_rows();
     ThreadPool(threads).run([&](Team& team) {
         ops::rope_append(team, unused.data(), keys.data(), v.data(), cos.data(), sin.data(), heads, all, test.cache, 1);
-        ops::attention(team, q.data(), heads, test.queries, test.cache, 1, target);
+        ops::attention(team, queries.data(), heads, nullptr, test.queries, test.cache, 1, target, nullptr);
     });
     return out;
+}
+
+/// One step of attention as the model runs it: cached positions first, then the queries' own, rotated, appended and
+/// attended in one op. q [queries, heads * d]; k, v, cos, sin of all positions. (attended, quantized, barriers)
+py::tuple attention_step(const Floats& q, const Floats& k, const Floats& v, const Floats& cos, const Floats& sin,
+                         int heads, int kv_heads, const Lengths& lengths, const std::string& kv_type,
+                         const std::string& isa, int threads) {
+    const auto [positions, width] = matrix_shape(k, "k");
+    require(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && width % kv_heads == 0, "heads do not divide");
+    const std::int64_t d = width / kv_heads, half = d / 2;
+    const IsaScope scope(isa);
+    TestCache test(kv_type_of(kv_type), kv_heads, static_cast<int>(d), lengths);
+    require(d % 2 == 0 && d <= 1024 && positions == test.key_rows && v.size() == k.size() &&
+                q.size() == test.query_rows * heads * d && cos.size() == positions * half && sin.size() == cos.size(),
+            "sizes do not match");
+    // Rows of the step from rows of all positions.
+    const auto pick = [&](const Floats& from, std::int64_t columns) {
+        std::vector<float> rows;
+        std::int64_t first = 0;
+        for (const SequenceRows& s : test.queries) {
+            const float* begin = from.data() + (first + s.start) * columns;
+            rows.insert(rows.end(), begin, begin + s.count * columns);
+            first += s.start + s.count;
+        }
+        return rows;
+    };
+    std::vector<float> new_k = pick(k, width), new_v = pick(v, width), new_cos = pick(cos, half),
+                       new_sin = pick(sin, half);
+    std::vector<float> all_k(k.data(), k.data() + k.size()), queries(q.data(), q.data() + q.size());
+    std::vector<float> unused(static_cast<std::size_t>(positions * heads * d));
+    std::vector<SequenceRows> cached = test.all_rows();
+    for (std::size_t i = 0; i < cached.size(); ++i) cached[i].count = test.queries[i].start;
+    std::erase_if(cached, [](const SequenceRows& s) { return s.count == 0; });
+    py::array_t<float> out({test.query_rows, heads * d});
+    float* target = out.mutable_data();
+    ops::Activations quantized(test.query_rows, heads * d);
+    ThreadPool pool(threads);
+    pool.run([&](Team& team) {
+        if (!cached.empty())
+            ops::rope_append(team, unused.data(), all_k.data(), v.data(), cos.data(), sin.data(), heads, cached,
+                             test.cache, 1);
+    });
+    std::int64_t barriers = 0;
+    for (int repeat = 0; repeat < 2; ++repeat) {  // the first time takes the pool's memory
+        std::copy_n(q.data(), q.size(), queries.data());
+        new_k = pick(k, width);
+        const ops::NewKeys fresh{new_k.data(), new_v.data(), new_cos.data(), new_sin.data()};
+        const std::int64_t before = pool.barriers();
+        pool.run([&](Team& team) {
+            ops::attention(team, queries.data(), heads, &fresh, test.queries, test.cache, 1, target, &quantized);
+        });
+        barriers = pool.barriers() - before;
+    }
+    return py::make_tuple(out, unpack(quantized.data().shared), barriers);
 }
 
 /// (q, k rotated, cached K and V as float [rows, kv_heads * head_dim]) of sequences that begin at 0.
@@ -366,6 +426,8 @@ void bind_kernels(py::module_& core) {
     module.def("matmul", &matmul, py::arg("x"), py::arg("matrices"), isa, threads);
     module.def("matmul_add", &matmul_add, py::arg("x"), py::arg("matrix"), py::arg("residual"), isa, threads);
     module.def("matmul_swiglu", &matmul_swiglu, py::arg("x"), py::arg("gate"), py::arg("up"), isa, threads);
+    module.def("matmul_swiglu_quantized", &matmul_swiglu_quantized, py::arg("x"), py::arg("gate"), py::arg("up"), isa,
+               threads);
     module.def("embed", &embed, py::arg("packed"), py::arg("scheme"), py::arg("rows"), py::arg("cols"),
                py::arg("tokens"), threads);
     module.def("gather_rows", &gather_rows, py::arg("x"), py::arg("rows"), threads);
@@ -373,6 +435,9 @@ void bind_kernels(py::module_& core) {
                py::arg("heads"), py::arg("kv_heads"), py::arg("lengths"), py::arg("kv_type") = "fp16", isa, threads);
     module.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("heads"), py::arg("kv_heads"),
                py::arg("lengths"), py::arg("kv_type") = "fp16", isa, threads);
+    module.def("attention_step", &attention_step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cos"),
+               py::arg("sin"), py::arg("heads"), py::arg("kv_heads"), py::arg("lengths"), py::arg("kv_type") = "fp16",
+               isa, threads);
     module.def(
         "exp",
         [](const Floats& x, const std::string& name) {

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kv_cache.hpp"
 
-#include <sys/mman.h>
-
-#include <cstdio>
 #include <stdexcept>
 #include <string>
+
+#include "memory.hpp"
 
 namespace cnl {
 
@@ -13,30 +12,21 @@ namespace {
 
 std::int64_t pages_for(std::int64_t positions) { return (positions + KvLayout::kPage - 1) / KvLayout::kPage; }
 
-std::string gib(std::size_t bytes) {
-    char text[32];
-    std::snprintf(text, sizeof text, "%.2f GiB", double(bytes) / double(1u << 30));
-    return text;
-}
-
 }  // namespace
 
 KvCache::KvCache(const KvLayout& layout, std::int64_t pages) : layout_(layout), pages_(pages) {
     const std::size_t bytes = layout.page_bytes() * static_cast<std::size_t>(pages);
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED)
-        throw std::runtime_error("the key/value cache needs " + gib(bytes) +
-                                 " of address space, which the system refuses; use a smaller context");
-#ifdef MADV_HUGEPAGE
-    madvise(memory, bytes, MADV_HUGEPAGE);  // advice only: a refusal changes speed, not results
-#endif
-    base_ = static_cast<std::uint8_t*>(memory);
+    try {
+        base_ = static_cast<std::uint8_t*>(memory::reserve(bytes));
+    } catch (const std::runtime_error& error) {
+        throw std::runtime_error(std::string("the key/value cache: ") + error.what() + "; use a smaller context");
+    }
     // Handed out from the back, so page 0 goes first and a short sequence stays in low memory.
     free_.reserve(static_cast<std::size_t>(pages));
     for (std::int64_t page = pages; page-- > 0;) free_.push_back(static_cast<std::int32_t>(page));
 }
 
-KvCache::~KvCache() { munmap(base_, layout_.page_bytes() * static_cast<std::size_t>(pages_)); }
+KvCache::~KvCache() { memory::release(base_, layout_.page_bytes() * static_cast<std::size_t>(pages_)); }
 
 const KvCache::Sequence& KvCache::at(int sequence) const {
     if (sequence < 0 || static_cast<std::size_t>(sequence) >= sequences_.size() ||

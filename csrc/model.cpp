@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "memory.hpp"
+
 namespace cnl {
 
 using ops::Activations;
@@ -13,7 +15,7 @@ using ops::Projection;
 
 // Everything a step writes, taken once. m <= M = max_step_tokens, outputs <= M.
 struct Model::Buffers {
-    Buffers(const ModelConfig& c, std::int64_t M)
+    Buffers(const ModelConfig& c, std::int64_t M, int threads)
         : x(M * c.hidden_size),
           q(M * c.q_size()),
           k(M * c.kv_size()),
@@ -23,16 +25,16 @@ struct Model::Buffers {
           cos(M * c.head_dim / 2),
           sin(M * c.head_dim / 2),
           last(M * c.hidden_size),
-          normed(M, c.hidden_size),
+          normed(M, c.hidden_size, threads),
           attended(M, c.q_size()),
           gated(M, c.intermediate_size) {}
 
-    std::vector<float> x;                 // [m, hidden]         the residual stream
-    std::vector<float> q, k, v;           // [m, q_size] [m, kv_size] x2
-    std::vector<float> attention;         // [m, q_size]
-    std::vector<float> h;                 // [m, intermediate]
-    std::vector<float> cos, sin;          // [m, head_dim / 2]
-    std::vector<float> last;              // [outputs, hidden]
+    Array<float> x;                       // [m, hidden]         the residual stream
+    Array<float> q, k, v;                 // [m, q_size] [m, kv_size] x2
+    Array<float> attention;               // [m, q_size]
+    Array<float> h;                       // [m, intermediate]
+    std::vector<float> cos, sin;          // [m, head_dim / 2]   the host's
+    Array<float> last;                    // [outputs, hidden]
     Activations normed, attended, gated;  // int8: hidden, q_size and intermediate columns
     std::vector<std::int32_t> tokens;     // [m]
     std::vector<std::int32_t> output_rows;
@@ -60,7 +62,7 @@ Model::Model(const ModelConfig& config, Weights weights, int threads, std::int64
       pool_(threads),
       cache_(kv_layout(config, kv_type), (context + KvLayout::kPage - 1) / KvLayout::kPage * max_sequences),
       max_step_tokens_(max_step_tokens),
-      buffers_(std::make_unique<Buffers>(config, max_step_tokens)) {}
+      buffers_(std::make_unique<Buffers>(config, max_step_tokens, threads)) {}
 
 Model::~Model() = default;
 
@@ -107,7 +109,8 @@ void Model::step(std::span<const StepEntry> batch, float* logits) {
         }
         b.sequences.push_back({row, count, start, cache_.page_table(entry.sequence)});
     }
-    pool_.run([&](Team& team) { forward(team, logits); });
+    const ops::StepInputs inputs{b.tokens, b.output_rows, b.sequences, b.cos.data(), b.sin.data()};
+    ops::run_step(pool_, inputs, [&](Team& team) { forward(team, logits); });
 }
 
 void Model::check(std::span<const StepEntry> batch) const {
@@ -153,6 +156,7 @@ void Model::forward(Team& team, float* logits) {
     const auto m = std::int64_t(b.tokens.size());
     const auto outputs = std::int64_t(b.output_rows.size());
     float* x = b.x.data();
+    const ops::NewKeys fresh{b.k.data(), b.v.data(), b.cos.data(), b.sin.data()};
 
     ops::embed(team, weights_.embed_tokens, b.tokens.data(), m, x);
     for (int layer = 0; layer < c.num_hidden_layers; ++layer) {
@@ -163,15 +167,12 @@ void Model::forward(Team& team, float* logits) {
                                   {&w.k_proj, w.k_bias, b.k.data(), c.kv_size()},
                                   {&w.v_proj, w.v_bias, b.v.data(), c.kv_size()}};
         ops::matmul(team, b.normed, qkv);
-        ops::rope_append(team, b.q.data(), b.k.data(), b.v.data(), b.cos.data(), b.sin.data(), c.num_attention_heads,
-                         b.sequences, cache_, layer);
-        ops::attention(team, b.q.data(), c.num_attention_heads, b.sequences, cache_, layer, b.attention.data());
-        ops::quantize(team, b.attention.data(), m, c.q_size(), b.attended);
+        ops::attention(team, b.q.data(), c.num_attention_heads, &fresh, b.sequences, cache_, layer, b.attention.data(),
+                       &b.attended);
         ops::matmul_add(team, b.attended, w.o_proj, w.o_bias, x);
 
         ops::rms_norm(team, x, w.post_attention_layernorm, c.rms_norm_eps, m, c.hidden_size, b.normed);
-        ops::matmul_swiglu(team, b.normed, w.gate_proj, w.gate_bias, w.up_proj, w.up_bias, b.h.data());
-        ops::quantize(team, b.h.data(), m, c.intermediate_size, b.gated);
+        ops::matmul_swiglu(team, b.normed, w.gate_proj, w.gate_bias, w.up_proj, w.up_bias, b.h.data(), &b.gated);
         ops::matmul_add(team, b.gated, w.down_proj, w.down_bias, x);
     }
     ops::gather_rows(team, x, b.output_rows.data(), outputs, c.hidden_size, b.last.data());

@@ -74,8 +74,8 @@ class Model {
     /// empty entry, an id outside the vocabulary, too many tokens.
     void check(std::span<const StepEntry> batch) const;
 
-    /// Runs one step and appends to the cache. logits float [output_rows(batch), vocab_size]. Throws
-    /// what check() does, and std::length_error for a full cache, which is unchanged then.
+    /// Runs one step and appends to the cache. logits float [output_rows(batch), vocab_size], in the memory of the back
+    /// end. Throws what check() does, and std::length_error for a full cache, which is unchanged then.
     void step(std::span<const StepEntry> batch, float* logits);
 
  private:

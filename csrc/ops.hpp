@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every op of the forward pass, once, with its contract. csrc/cpu defines them for _core; csrc/cuda will define the
-// same names in the same order for _cuda.
+// Every op of the forward pass, once, with its contract. csrc/cpu defines them for _core; csrc/cuda defines the same
+// names in the same order for _cuda.
 //
 // Rules for all of them
 //  * All threads of the team call the op with the same arguments; when it returns, its result is readable by all.
@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 
 #include "kv_cache.hpp"
@@ -36,12 +37,24 @@ struct SequenceRows {
 
 namespace ops {
 
+/// What the host prepares for a step, in its own memory; the rest of an op's arguments is the back end's (memory.hpp).
+struct StepInputs {
+    std::span<const std::int32_t> tokens, output_rows;  // of embed and gather_rows
+    std::span<const SequenceRows> sequences;
+    const float *cos = nullptr, *sin = nullptr;  // [m, head_dim / 2]
+};
+
+/// Runs a step: `forward` on every thread of the pool, with ops whose host arguments are those of `inputs`. A back end
+/// with a memory of its own sends them there first. Its results may still be on their way when it returns.
+void run_step(ThreadPool& pool, const StepInputs& inputs, const std::function<void(Team&)>& forward);
+
 /// Int8 activations in the order the matmul kernels read them: opaque to the model. One scale per token and 256
 /// columns, and the sums per group that fold the weights' offsets away. Room for `max_tokens` x `max_cols` is taken
-/// once.
+/// once, and for a copy of few tokens for each of `threads` threads: with it rms_norm and quantize need no barrier
+/// then.
 class Activations {
  public:
-    Activations(std::int64_t max_tokens, std::int64_t max_cols);
+    Activations(std::int64_t max_tokens, std::int64_t max_cols, int threads = 0);
     ~Activations();
     Activations(const Activations&) = delete;
     Activations& operator=(const Activations&) = delete;
@@ -78,9 +91,9 @@ void matmul(Team&, const Activations& x, std::span<const Projection> projections
 void matmul_add(Team&, const Activations& a, const Weight& w, const float* bias, float* x);
 
 /// h = silu(gate a + gate_bias) * (up a + up_bias): silu(z) = z / (1 + exp(-z)). h float [m, gate.rows]. Biases may be
-/// null.
+/// null. out, which may be null, becomes quantize(h) without a pass or a barrier of its own.
 void matmul_swiglu(Team&, const Activations& a, const Weight& gate, const float* gate_bias, const Weight& up,
-                   const float* up_bias, float* h);
+                   const float* up_bias, float* h, Activations* out);
 
 /// Rotates q and k in place (rotate-half pairs (j, j + d/2), as Hugging Face stores LLaMA) and writes k and v into the
 /// cache of `layer`. cos, sin float [m, head_dim / 2], already scaled. q float [m, heads * head_dim],
@@ -88,12 +101,19 @@ void matmul_swiglu(Team&, const Activations& a, const Weight& gate, const float*
 void rope_append(Team&, float* q, float* k, const float* v, const float* cos, const float* sin, int heads,
                  std::span<const SequenceRows> sequences, const KvCache& cache, int layer);
 
+/// What attention rotates and appends before it begins: the arguments of rope_append.
+struct NewKeys {
+    float* k;
+    const float *v, *cos, *sin;
+};
+
 /// Causal attention of every row over positions 0 .. its own of its sequence, softmax(q k / sqrt(head_dim)) v.
-/// q, out float [m, heads * head_dim]; heads is a multiple of the cache's kv_heads, and query head h reads kv head
+/// q, attended float [m, heads * head_dim]; heads is a multiple of the cache's kv_heads, and query head h reads kv head
 /// h / (heads / kv_heads). Keys are taken in fixed chunks that are merged in order, which keeps the bits independent
-/// of the split.
-void attention(Team&, const float* q, int heads, std::span<const SequenceRows> sequences, const KvCache& cache,
-               int layer, float* out);
+/// of the split. With `fresh` (else null) it is rope_append first, and q and k are left rotated or not; where a
+/// sequence has few rows that costs no barrier. out, which may be null, becomes quantize(attended).
+void attention(Team&, float* q, int heads, const NewKeys* fresh, std::span<const SequenceRows> sequences,
+               const KvCache& cache, int layer, float* attended, Activations* out);
 
 /// out[i] = x[rows[i]]. x float [*, cols], out float [count, cols].
 void gather_rows(Team&, const float* x, const std::int32_t* rows, std::int64_t count, std::int64_t cols, float* out);

@@ -3,6 +3,7 @@
 // threads walk through the layers together and meet at barriers, so an op costs no fork and no join.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -35,6 +36,9 @@ class Team {
     /// it with the same size. It grows on demand (then it costs barriers) and is kept with the pool.
     std::byte* scratch(std::size_t bytes);
 
+    /// `count` or more counters that all threads share, every one 0. Who uses them leaves them at 0. Calls as scratch.
+    std::atomic<std::uint32_t>* counters(std::size_t count);
+
  private:
     friend class ThreadPool;
     struct Piece {
@@ -42,9 +46,20 @@ class Team {
     };
     Team(ThreadPool& pool, int index) : pool_(pool), index_(index) {}
     bool claim(std::int64_t count, std::int64_t grain, int& victim, Piece& piece);
+    template <typename Grow>
+    void grow_together(bool enough, Grow&& grow);
     ThreadPool& pool_;
     int index_;
 };
+
+/// Counts one of `parts` parts as done; true for the caller who did the last one: the results of all are readable to
+/// it, and the counter is 0 again. Replaces a barrier where one piece of work follows on a few others.
+inline bool last_part(std::atomic<std::uint32_t>& done, std::int64_t parts) {
+    if (parts > 1 && done.fetch_add(1, std::memory_order_acq_rel) + 1 != static_cast<std::uint32_t>(parts))
+        return false;
+    done.store(0, std::memory_order_relaxed);
+    return true;
+}
 
 class ThreadPool {
  public:
@@ -65,6 +80,7 @@ class ThreadPool {
 
  private:
     friend class Team;
+    friend struct DeviceAccess;  // csrc/cuda
     struct State;
     std::unique_ptr<State> state_;
 };

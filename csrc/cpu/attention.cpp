@@ -2,14 +2,15 @@
 // Causal attention: which queries and chunks of keys make a task, and the merging of chunks in order.
 //
 // Query heads that share a kv head, and neighbouring tokens of a sequence, form a tile, so that every key and value is
-// read and converted once for all of them. With enough tiles a task is a tile: it walks through its chunks and merges
-// as it goes. With few (decode, few heads) a task is one chunk of a tile; the partial results go to the team's scratch
-// memory and are merged after a barrier. Chunks begin at multiples of 256 positions and are merged in order either
-// way, hence the same bits.
+// read and converted once for all of them. With many tiles a task is a tile: it walks through its chunks and merges as
+// it goes. With few (decode) a task is one chunk of a tile; who finishes the last chunk of a tile merges all of them.
+// Chunks begin at multiples of 256 positions and are merged in order either way, hence the same bits. Likewise whoever
+// finishes the last head of 256 columns quantizes them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 
 #include "../ops.hpp"
 #include "activations.hpp"
@@ -19,50 +20,52 @@
 namespace cnl::ops {
 namespace {
 
-using cpu::kChunkKeys, cpu::kPageKeys;
+using cpu::kChunkKeys, cpu::kPageKeys, cpu::kSpan;
 
 constexpr int kTileQueries = 32;
-constexpr std::int64_t kTasksPerThread = 4;  // below that, chunks are handed out one by one
+constexpr std::int64_t kQueriesPerThread = 256;  // with fewer in all tiles, chunks are handed out one by one
+
+using Counter = std::atomic<std::uint32_t>;
 
 struct Problem {
-    const float* q;
-    int heads, group;  // group: query heads of a kv head
+    float* q;
+    int heads, group;      // group: query heads of a kv head
+    const NewKeys* fresh;  // what tasks rotate and append themselves; null: all that is done
     std::span<const SequenceRows> sequences;
     const KvCache& cache;
     int layer;
-    float* out;
+    float* attended;
+    const SpanWriter* out;  // or null
     cpu::KvShape shape;
     int tile_tokens;
 
     std::int64_t tiles_of(const SequenceRows& s) const { return (s.count + tile_tokens - 1) / tile_tokens; }
     int tile_queries() const { return tile_tokens * group; }
+    int kv_heads() const { return heads / group; }
+    std::int64_t q_size() const { return std::int64_t(heads) * shape.head_dim; }
 };
 
 /// Consecutive tokens of one sequence, for one kv head. Query t * group + g is token t, head g of the group.
 struct Tile {
     const SequenceRows* sequence;
-    std::int64_t token;
+    std::int64_t token, token_tile;  // token_tile counts over all sequences
     int tokens, kv_head;
 
     std::int64_t position(int t) const { return sequence->start + token + t; }
     std::int64_t chunks() const { return position(tokens - 1) / kChunkKeys + 1; }
+    std::int64_t row(int t) const { return sequence->row + token + t; }
 };
 
 Tile tile_at(const Problem& p, std::int64_t index) {
     Tile tile{};
-    const int kv_heads = p.cache.layout().kv_heads;
-    tile.kv_head = static_cast<int>(index % kv_heads);
-    index /= kv_heads;
+    tile.kv_head = static_cast<int>(index % p.kv_heads());
+    index /= p.kv_heads();
+    tile.token_tile = index;
     tile.sequence = p.sequences.data();
     while (index >= p.tiles_of(*tile.sequence)) index -= p.tiles_of(*tile.sequence++);
     tile.token = index * p.tile_tokens;
     tile.tokens = static_cast<int>(std::min<std::int64_t>(p.tile_tokens, tile.sequence->count - tile.token));
     return tile;
-}
-
-const float* query_row(const Problem& p, const Tile& tile, int t, int g) {
-    const std::int64_t row = tile.sequence->row + tile.token + t;
-    return p.q + (row * p.heads + tile.kv_head * p.group + g) * p.shape.head_dim;
 }
 
 /// What one thread works in; grown when a larger model comes.
@@ -88,12 +91,30 @@ struct Workspace {
 };
 
 void load_queries(const Problem& p, const Tile& tile, float* q) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(p.shape.head_dim));
-    for (int t = 0; t < tile.tokens; ++t)
+    const int d = p.shape.head_dim;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    for (int t = 0; t < tile.tokens; ++t) {
+        const std::int64_t row = tile.row(t);
         for (int g = 0; g < p.group; ++g, q += p.shape.padded_dim) {
-            const float* source = query_row(p, tile, t, g);
-            for (int j = 0; j < p.shape.head_dim; ++j) q[j] = source[j] * scale;
+            std::memcpy(q, p.q + (row * p.heads + tile.kv_head * p.group + g) * d, sizeof(float) * std::size_t(d));
+            if (p.fresh) cpu::kernels().rope(q, p.fresh->cos + row * (d / 2), p.fresh->sin + row * (d / 2), d / 2);
+            for (int j = 0; j < d; ++j) q[j] *= scale;
         }
+    }
+}
+
+/// Rotates and stores the tile's new keys whose positions lie in `chunk`.
+void append(const Problem& p, const Tile& tile, std::int64_t chunk) {
+    const int d = p.shape.head_dim;
+    for (int t = 0; t < tile.tokens; ++t) {
+        const std::int64_t position = tile.position(t), row = tile.row(t);
+        if (position / kChunkKeys != chunk) continue;
+        float* key = p.fresh->k + (row * p.kv_heads() + tile.kv_head) * d;
+        cpu::kernels().rope(key, p.fresh->cos + row * (d / 2), p.fresh->sin + row * (d / 2), d / 2);
+        std::uint8_t* slab = p.cache.slab(tile.sequence->pages[position / kPageKeys], p.layer, tile.kv_head);
+        cpu::kernels().kv_store(p.shape, slab, static_cast<int>(position % kPageKeys), key,
+                                p.fresh->v + (row * p.kv_heads() + tile.kv_head) * d);
+    }
 }
 
 /// First token of the tile that sees this chunk, or tile.tokens.
@@ -101,15 +122,41 @@ int first_token(const Tile& tile, std::int64_t chunk) {
     return static_cast<int>(std::clamp<std::int64_t>(chunk * kChunkKeys - tile.position(0), 0, tile.tokens));
 }
 
+/// A chunk of a tile and its number among all; chunk 0 of the first tile in turn is task 0.
+struct Task {
+    Tile tile;
+    std::int64_t chunk, first_of_tile;
+};
+
+Task chunk_task(const Problem& p, std::int64_t task) {
+    Tile tile = tile_at(p, 0);
+    for (std::int64_t passed = 0;;) {
+        const std::int64_t chunks = tile.chunks(), all = chunks * p.kv_heads(), i = task - passed;
+        if (i < all) {
+            tile.kv_head = static_cast<int>(i / chunks);
+            return {tile, i % chunks, task - i % chunks};
+        }
+        passed += all;
+        tile = tile_at(p, (tile.token_tile + 1) * p.kv_heads());
+    }
+}
+
 /// One chunk for the tile's tokens from `first` on; results in the given arrays, query 0 being that of token `first`.
-void attend_chunk(const Problem& p, const Tile& tile, std::int64_t chunk, int first, const Workspace& w, float* acc,
-                  float* max, float* sum) {
+/// (next, next_chunk) is what this thread will probably read after that; null where nothing is.
+void attend_chunk(const Problem& p, const Tile& tile, std::int64_t chunk, int first, const Tile* next,
+                  std::int64_t next_chunk, const Workspace& w, float* acc, float* max, float* sum) {
     cpu::AttentionChunk c{};
     c.shape = p.shape;
     const std::int64_t start = chunk * kChunkKeys, last = tile.position(tile.tokens - 1);
     for (int i = 0; i < kChunkKeys / kPageKeys && start + i * kPageKeys <= last; ++i) {
         const std::int32_t page = tile.sequence->pages[start / kPageKeys + i];
         c.slabs[i] = p.cache.slab(page, p.layer, tile.kv_head);
+    }
+    if (next) {
+        const std::int64_t begin = next_chunk * kChunkKeys, end = next->position(next->tokens - 1) + 1;
+        c.next = p.cache.slab(next->sequence->pages[begin / kPageKeys], p.layer, next->kv_head);
+        c.next_bytes = layout::round_up(std::min<std::int64_t>(end - begin, kPageKeys), cpu::kLanes) *
+                       p.shape.padded_dim * (p.shape.int8 ? 1 : 2);
     }
     c.queries = (tile.tokens - first) * p.group;
     c.q = w.q + static_cast<std::int64_t>(first) * p.group * p.shape.padded_dim;
@@ -124,26 +171,44 @@ void attend_chunk(const Problem& p, const Tile& tile, std::int64_t chunk, int fi
     cpu::kernels().attention_chunk(c);
 }
 
-void write_query(const Problem& p, const Tile& tile, int query, const float* acc, float sum) {
-    const std::int64_t row = tile.sequence->row + tile.token + query / p.group;
-    float* out = p.out + (row * p.heads + tile.kv_head * p.group + query % p.group) * p.shape.head_dim;
-    cpu::kernels().attention_finish(acc, sum, p.shape.head_dim, out);
+/// The tile's queries from their finished sums; the columns whose last head this was are quantized.
+void finish_tile(const Problem& p, const Tile& tile, const float* acc, const float* sum, Counter* done) {
+    const std::int64_t width = std::int64_t(p.group) * p.shape.head_dim, begin = tile.kv_head * width;
+    float* attended = p.attended + begin;
+    for (int t = 0, i = 0; t < tile.tokens; ++t)
+        for (int g = 0; g < p.group; ++g, ++i)
+            cpu::kernels().attention_finish(acc + std::int64_t(i) * p.shape.padded_dim, sum[i], p.shape.head_dim,
+                                            attended + tile.row(t) * p.q_size() + g * p.shape.head_dim);
+    if (!p.out) return;
+    for (std::int64_t span = begin / kSpan; span * kSpan < begin + width; ++span) {
+        const std::int64_t stop = std::min<std::int64_t>((span + 1) * kSpan, p.out->cols);
+        const std::int64_t kv_heads = (stop - 1) / width - span * kSpan / width + 1;
+        if (!last_part(done[tile.token_tile * p.out->spans + span], kv_heads)) continue;
+        for (int t = 0; t < tile.tokens; ++t) p.out->write(p.attended, nullptr, 1.0f, tile.row(t), span, span + 1);
+    }
 }
 
-void attend_tile(const Problem& p, const Tile& tile, const Workspace& w) {
+void attend_tile(const Problem& p, const Tile& tile, const Tile* next, const Workspace& w, Counter* done) {
     const int queries = tile.tokens * p.group, d = p.shape.padded_dim;
+    const std::int64_t chunks = tile.chunks();
     load_queries(p, tile, w.q);
-    attend_chunk(p, tile, 0, 0, w, w.total_acc, w.total_max, w.total_sum);
-    for (std::int64_t chunk = 1; chunk < tile.chunks(); ++chunk) {
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+        if (p.fresh) append(p, tile, chunk);
+        const bool last = chunk + 1 == chunks;
+        const Tile* then = last ? next : &tile;
         const int first = first_token(tile, chunk), skipped = first * p.group;
-        attend_chunk(p, tile, chunk, first, w, w.acc, w.max, w.sum);
+        if (chunk == 0) {
+            attend_chunk(p, tile, 0, 0, then, last ? 0 : 1, w, w.total_acc, w.total_max, w.total_sum);
+            continue;
+        }
+        attend_chunk(p, tile, chunk, first, then, last ? 0 : chunk + 1, w, w.acc, w.max, w.sum);
         for (int i = skipped; i < queries; ++i) {
             const int j = i - skipped;
             cpu::kernels().attention_merge(w.total_max + i, w.total_sum + i, w.total_acc + std::int64_t(i) * d,
                                            w.max[j], w.sum[j], w.acc + std::int64_t(j) * d, d);
         }
     }
-    for (int i = 0; i < queries; ++i) write_query(p, tile, i, w.total_acc + std::int64_t(i) * d, w.total_sum[i]);
+    finish_tile(p, tile, w.total_acc, w.total_sum, done);
 }
 
 /// Partial results of the tasks (tile, chunk): [task][tile queries] of acc [d], max, sum.
@@ -158,23 +223,10 @@ struct Partials {
     float* sum(std::int64_t task) const { return max(task) + queries; }
 };
 
-/// Task `task` of all (tile, chunk) pairs in order: the tile, its first task and the chunk.
-struct ChunkTask {
-    Tile tile;
-    std::int64_t chunk;
-};
-ChunkTask chunk_task(const Problem& p, std::int64_t tiles, std::int64_t task) {
-    for (std::int64_t i = 0; i < tiles; ++i) {
-        const Tile tile = tile_at(p, i);
-        if (task < tile.chunks()) return {tile, task};
-        task -= tile.chunks();
-    }
-    return {};
-}
-
-void merge_tile(const Problem& p, const Tile& tile, std::int64_t first_task, const Partials& partials) {
+void merge_tile(const Problem& p, const Task& last, const Partials& partials, Counter* done) {
+    const Tile& tile = last.tile;
     const int queries = tile.tokens * p.group;
-    const std::int64_t d = p.shape.padded_dim;
+    const std::int64_t d = p.shape.padded_dim, first_task = last.first_of_tile;
     float *acc = partials.acc(first_task), *max = partials.max(first_task), *sum = partials.sum(first_task);
     for (std::int64_t chunk = 1; chunk < tile.chunks(); ++chunk) {
         const int skipped = first_token(tile, chunk) * p.group;
@@ -185,56 +237,75 @@ void merge_tile(const Problem& p, const Tile& tile, std::int64_t first_task, con
                                            partials.acc(task) + j * d, p.shape.padded_dim);
         }
     }
-    for (int i = 0; i < queries; ++i) write_query(p, tile, i, acc + i * d, sum[i]);
+    finish_tile(p, tile, acc, sum, done);
 }
 
-void attend_by_chunks(Team& team, const Problem& p, std::int64_t tiles, std::int64_t tasks, std::byte* scratch,
-                      const Workspace& w) {
-    const Partials partials{reinterpret_cast<float*>(scratch), p.tile_queries(), p.shape.padded_dim};
+void attend_by_chunks(Team& team, const Problem& p, std::int64_t tasks, const Partials& partials, const Workspace& w,
+                      Counter* merged, Counter* done) {
     team.parallel_for(tasks, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t task = begin; task < end; ++task) {
-            const auto [tile, chunk] = chunk_task(p, tiles, task);
-            load_queries(p, tile, w.q);
-            attend_chunk(p, tile, chunk, first_token(tile, chunk), w, partials.acc(task), partials.max(task),
-                         partials.sum(task));
+        for (std::int64_t i = begin; i < end; ++i) {
+            const Task task = chunk_task(p, i);
+            const Task next = i + 1 < tasks ? chunk_task(p, i + 1) : Task{};
+            if (p.fresh) append(p, task.tile, task.chunk);
+            load_queries(p, task.tile, w.q);
+            attend_chunk(p, task.tile, task.chunk, first_token(task.tile, task.chunk),
+                         i + 1 < tasks ? &next.tile : nullptr, next.chunk, w, partials.acc(i), partials.max(i),
+                         partials.sum(i));
+            const std::int64_t tile = task.tile.token_tile * p.kv_heads() + task.tile.kv_head;
+            if (last_part(merged[tile], task.tile.chunks())) merge_tile(p, task, partials, done);
         }
     });
+}
+
+void attend_by_tiles(Team& team, const Problem& p, std::int64_t tiles, const Workspace& w, Counter* done) {
     team.parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end) {
-        std::int64_t first_task = 0;
-        for (std::int64_t i = 0; i < begin; ++i) first_task += tile_at(p, i).chunks();
         for (std::int64_t i = begin; i < end; ++i) {
-            const Tile tile = tile_at(p, i);
-            merge_tile(p, tile, first_task, partials);
-            first_task += tile.chunks();
+            const Tile next = i + 1 < tiles ? tile_at(p, i + 1) : Tile{};
+            attend_tile(p, tile_at(p, i), i + 1 < tiles ? &next : nullptr, w, done);
         }
     });
 }
 
 }  // namespace
 
-void attention(Team& team, const float* q, int heads, std::span<const SequenceRows> sequences, const KvCache& cache,
-               int layer, float* out) {
+void attention(Team& team, float* q, int heads, const NewKeys* fresh, std::span<const SequenceRows> sequences,
+               const KvCache& cache, int layer, float* attended, Activations* out) {
     const KvLayout& layout = cache.layout();
     const int group = heads / layout.kv_heads;
-    const Problem p{q, heads, group, sequences, cache, layer, out, kv_shape(layout), std::max(1, kTileQueries / group)};
-    std::int64_t tiles = 0, tasks = 0;
-    for (const SequenceRows& s : sequences) tiles += p.tiles_of(s) * layout.kv_heads;
-    const bool by_chunks = tiles < kTasksPerThread * team.size();
-    if (by_chunks)
-        for (std::int64_t i = 0; i < tiles; ++i) tasks += tile_at(p, i).chunks();
+    std::int64_t rows = 0, most = 0;
+    for (const SequenceRows& s : sequences) {
+        rows += s.count;
+        most = std::max(most, s.count);
+    }
+    const auto tile_tokens = static_cast<int>(std::min<std::int64_t>(most, std::max(1, kTileQueries / group)));
+    if (fresh && most > tile_tokens) {  // a later tile of a sequence reads what an earlier one appends
+        rope_append(team, q, fresh->k, fresh->v, fresh->cos, fresh->sin, heads, sequences, cache, layer);
+        fresh = nullptr;
+    }
+    std::optional<SpanWriter> spans;
+    if (out) spans.emplace(SpanWriter::shared(team, out->data(), rows, std::int64_t(heads) * layout.head_dim));
+    const Problem p{
+        q,          heads, group, fresh, sequences, cache, layer, attended, out ? &*spans : nullptr, kv_shape(layout),
+        tile_tokens};
+
+    std::int64_t token_tiles = 0, tasks = 0;
+    for (const SequenceRows& s : sequences) token_tiles += p.tiles_of(s);
+    const std::int64_t tiles = token_tiles * layout.kv_heads;
+    if (tiles * p.tile_queries() < kQueriesPerThread * team.size())
+        for (std::int64_t i = 0; i < token_tiles; ++i)
+            tasks += tile_at(p, i * layout.kv_heads).chunks() * layout.kv_heads;
+    const bool by_chunks = tasks > tiles;
 
     const std::int64_t own = layout::round_up(Workspace::floats(p), 16);
-    const std::int64_t shared = layout::round_up(tasks * Partials::floats(p), 16);
+    const std::int64_t shared = by_chunks ? layout::round_up(tasks * Partials::floats(p), 16) : 0;
     std::byte* scratch = team.scratch(static_cast<std::size_t>(own * team.size() + shared) * sizeof(float));
+    Counter* merged = team.counters(static_cast<std::size_t>(tiles + token_tiles * (out ? spans->spans : 0)));
     float* floats = reinterpret_cast<float*>(scratch);
     const Workspace w(p, floats + shared + own * team.index());
-    if (by_chunks && tasks > tiles) {
-        attend_by_chunks(team, p, tiles, tasks, scratch, w);
-        return;
-    }
-    team.parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) attend_tile(p, tile_at(p, i), w);
-    });
+    if (by_chunks)
+        attend_by_chunks(team, p, tasks, {floats, p.tile_queries(), p.shape.padded_dim}, w, merged, merged + tiles);
+    else
+        attend_by_tiles(team, p, tiles, w, merged + tiles);
 }
 
 }  // namespace cnl::ops

@@ -17,6 +17,9 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 namespace cnl::cpu {
@@ -32,16 +35,19 @@ std::uint64_t saved_state() {
 
 bool has(std::uint32_t word, int bit) { return (word >> bit & 1u) != 0; }
 
-/// (AVX2 set, AVX-512 set) as isa_*.cpp need them, processor and operating system together.
-std::pair<bool, bool> detect() {
+/// The tables that processor and operating system together can run, slowest first.
+void detect(std::vector<const Kernels*>& found) {
     std::uint32_t a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return {false, false};
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
     const bool fma = has(c, 12), osxsave = has(c, 27), avx = has(c, 28), f16c = has(c, 29);
-    if (!osxsave || !avx || (saved_state() & 0x6) != 0x6) return {false, false};
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {false, false};
-    const bool avx2 = has(b, 5) && fma && f16c;
+    if (!osxsave || !avx || (saved_state() & 0x6) != 0x6) return;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(b, 5) || !fma || !f16c) return;
     const bool avx512 = has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31) && has(c, 11);  // F DQ BW VL VNNI
-    return {avx2, avx2 && avx512 && (saved_state() & 0xe0) == 0xe0};
+    found.push_back(&kAvx2Kernels);
+#if defined(CNLLAMA_AVX_VNNI)
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 4)) found.push_back(&kAvxVnniKernels);
+#endif
+    if (avx512 && (saved_state() & 0xe0) == 0xe0) found.push_back(&kAvx512Kernels);
 }
 
 std::string brand() {
@@ -54,18 +60,37 @@ std::string brand() {
     const auto begin = name.find_first_not_of(' ');
     return begin == std::string::npos ? "x86-64" : name.substr(begin, name.find_last_not_of(' ') - begin + 1);
 }
+#elif defined(__aarch64__) && defined(__linux__)
+/// The tables that the kernel says this processor can run, slowest first.
+void detect(std::vector<const Kernels*>& found) {
+    constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;  // HWCAP_ASIMDDP and HWCAP2_I8MM
+    if (!(getauxval(AT_HWCAP) & kDotprod)) return;
+    found.push_back(&kNeonDotprodKernels);
+    if (getauxval(AT_HWCAP2) & kI8mm) found.push_back(&kNeonI8mmKernels);
+}
+
+/// Arm's processors give numbers, no name.
+std::string brand() {
+    std::string implementer, part;
+    std::ifstream file("/proc/cpuinfo");
+    for (std::string line; std::getline(file, line) && part.empty();) {
+        const auto colon = line.find(": ");
+        if (colon == std::string::npos) continue;
+        if (line.rfind("CPU implementer", 0) == 0) implementer = line.substr(colon + 2);
+        if (line.rfind("CPU part", 0) == 0) part = line.substr(colon + 2);
+    }
+    return part.empty() ? "aarch64" : "aarch64, implementer " + implementer + ", part " + part;
+}
 #else
+void detect(std::vector<const Kernels*>&) {}
+
 std::string brand() { return "unknown"; }
 #endif
 
 const std::vector<const Kernels*>& tables() {
     static const std::vector<const Kernels*> all = [] {
         std::vector<const Kernels*> found{&kScalarKernels};
-#if defined(__x86_64__)
-        const auto [avx2, avx512] = detect();
-        if (avx2) found.push_back(&kAvx2Kernels);
-        if (avx512) found.push_back(&kAvx512Kernels);
-#endif
+        detect(found);
         return found;
     }();
     return all;
@@ -242,7 +267,8 @@ void use_isa(std::string_view name) {
         }
         known += (known.empty() ? "" : ", ") + std::string(table->name);
     }
-    const bool exists = name == "avx2" || name == "avx512";
+    const bool exists =
+        name == "avx2" || name == "avxvnni" || name == "avx512" || name == "neon-dotprod" || name == "neon-i8mm";
     throw std::invalid_argument("instruction set '" + std::string(name) + "' " +
                                 (exists ? "is not supported by this machine" : "is unknown") +
                                 "; this machine supports: " + known);

@@ -39,8 +39,13 @@ struct MatmulTile {
     std::int64_t cols;            // of the range, a multiple of the group; only a matrix's last superblock is short
     const std::int8_t* values;    // [cols / 32][tokens][32]
     const std::int32_t* sums;     // [cols / group][tokens]: two int16, see QuantizeSpan
+    const float* whole64;         // [cols / 64][tokens]: whole sums, for the mins of asymmetric weights
     const float* scales;          // [superblocks][tokens]
     float* c;                     // [tokens][kPairRows]
+    // Pairs only. What the next call reads is asked for beside the arithmetic of this one: lines ask_begin .. ask_end
+    // of every group this many bytes from the present one, and all activations.
+    std::int64_t weights_ahead, values_ahead;
+    int ask_begin, ask_end;
 };
 
 /// One token's 256 columns (or the last, shorter ones): x -> int8. `tokens` is the stride of the tile's arrays.
@@ -55,6 +60,7 @@ struct QuantizeSpan {
     // the form in which int16 kernels start; one multiply-add of pairs turns it into the whole sum for the others.
     std::int32_t* sums32;  // [8][tokens]
     std::int32_t* sums64;  // [4][tokens]
+    float* whole64;        // [4][tokens]: sums over 64 columns
     float* scale;          // [1]
 };
 
@@ -69,6 +75,8 @@ struct KvShape {
 struct AttentionChunk {
     KvShape shape;
     const std::uint8_t* slabs[kChunkKeys / kPageKeys];
+    const std::uint8_t* next;  // what is read after this chunk, to be asked for in time; null where nothing is
+    std::int64_t next_bytes;
     int queries;
     const float* q;            // [queries][padded_dim], times 1 / sqrt(head_dim)
     const std::int32_t* keys;  // [queries]
@@ -94,9 +102,8 @@ struct Kernels {
     const char* name;
     /// One panel that is read once, from memory: [scheme][tokens - 1].
     void (*stream_panel[kSchemeCount][kStreamTokens])(const MatmulTile&);
-    /// Two panels: read for the first time, or lying in the first cache.
-    void (*stream_pair[kSchemeCount][kTileTokens])(const MatmulTile&);
-    void (*cached_pair[kSchemeCount][kTileTokens])(const MatmulTile&);
+    /// Two panels that one call after the other reads.
+    void (*pair[kSchemeCount][kTileTokens])(const MatmulTile&);
     /// 1 / sqrt(mean(x^2) + eps)
     float (*rms_factor)(const float* x, std::int64_t cols, float eps);
     void (*quantize_span)(const QuantizeSpan&);
@@ -117,12 +124,17 @@ struct Kernels {
     void (*quantize_group)(const QuantizeGroup&);
     /// Benchmark: runs `iterations` of this set's int8 multiply-add at full rate; the number of multiply-adds done.
     std::int64_t (*int8_peak)(std::int64_t iterations);
+    /// The same for its float multiply-add.
+    std::int64_t (*float_peak)(std::int64_t iterations);
     /// Benchmark: reads an even number of aligned 64-byte lines; a sum of them, so that the reading is not for nothing.
     std::uint64_t (*read_lines)(const std::uint8_t* lines, std::int64_t count);
 };
 
 extern const Kernels kScalarKernels;
-extern const Kernels kAvx2Kernels;    // x86-64 only
-extern const Kernels kAvx512Kernels;  // x86-64 only
+extern const Kernels kAvx2Kernels;         // x86-64 only
+extern const Kernels kAvxVnniKernels;      // x86-64 only, where the compiler knows it
+extern const Kernels kAvx512Kernels;       // x86-64 only
+extern const Kernels kNeonDotprodKernels;  // aarch64 only
+extern const Kernels kNeonI8mmKernels;     // aarch64 only
 
 }  // namespace cnl::cpu

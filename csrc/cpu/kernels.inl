@@ -35,8 +35,7 @@ inline std::uint64_t read_lines(const std::uint8_t* lines, std::int64_t count) {
 constexpr Kernels make_table(const char* name) {
     return {name,
             CNL_SCHEMES(CNL_TO_12, stream_panel),
-            CNL_SCHEMES(CNL_TO_6, stream_pair),
-            CNL_SCHEMES(CNL_TO_6, cached_pair),
+            CNL_SCHEMES(CNL_TO_6, pair),
             rms_factor,
             quantize_span,
             swiglu,
@@ -48,6 +47,7 @@ constexpr Kernels make_table(const char* name) {
             attention_finish,
             quantize_group,
             int8_peak,
+            float_peak,
             read_lines};
 }
 

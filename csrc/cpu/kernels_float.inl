@@ -4,6 +4,20 @@
 
 inline f32x16 zeros() { return bcast(0.0f); }
 
+/// kMaxSums chains of multiply-adds whose operands the compiler cannot know.
+inline std::int64_t float_peak(std::int64_t iterations) {
+    volatile float factor = 0.999f, sink;
+    const f32x16 x = bcast(factor);
+    f32x16 sum[kMaxSums];
+    for (int i = 0; i < kMaxSums; ++i) sum[i] = bcast(factor + static_cast<float>(i));
+    for (std::int64_t k = 0; k < iterations; ++k)
+#pragma GCC unroll 16
+        for (int i = 0; i < kMaxSums; ++i) sum[i] = fma(sum[i], x, x);
+    for (int i = 0; i < kMaxSums; ++i) sink = reduce_add(sum[i]);
+    static_cast<void>(sink);
+    return iterations * kMaxSums * 16;
+}
+
 /// To the nearest integer, ties to even, for |x| < 2^22; NaN stays.
 inline f32x16 round_even(f32x16 x) {
     const f32x16 magic = bcast(12582912.0f);  // 1.5 * 2^23: the sum has no fraction bits left
@@ -84,6 +98,9 @@ inline void quantize_span(const QuantizeSpan& s) {
         s.sums32[static_cast<std::int64_t>(b) * s.tokens] = sums;
         std::int32_t* sums64 = s.sums64 + static_cast<std::int64_t>(b / 2) * s.tokens;
         *sums64 = b % 2 == 0 ? sums : add_pairs(*sums64, sums);
+        float whole[16];
+        store(whole, group_sum(*sums64));
+        s.whole64[static_cast<std::int64_t>(b / 2) * s.tokens] = whole[0];
     }
 }
 
@@ -133,6 +150,7 @@ inline void quantize_kv(const float* x, const KvShape& shape, std::int8_t* out, 
 template <typename Element>
 inline void scatter_key(Element* keys, const Element* row, int padded_dim, int position) {
     Element* block = keys + static_cast<std::int64_t>(position / 16) * padded_dim * 16 + position % 16;
+    for (int j = 0; j < padded_dim; j += 64 / (16 * static_cast<int>(sizeof(Element)))) prefetch(block + j * 16);
     for (int j = 0; j < padded_dim; ++j) block[j * 16] = row[j];
 }
 

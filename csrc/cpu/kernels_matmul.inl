@@ -7,18 +7,21 @@
 // for every superblock of 256 columns in order, all by fused multiply-adds. N panels of 16 rows by M tokens sit in
 // registers; c is visited once a superblock only, so it may lie in memory and the columns may be cut there.
 
-template <int kScheme, int N, int M, bool kPrefetch>
+/// A stream (kStream) asks for its own lines ahead, in dot_group. Else the lines of the next call are asked for here.
+template <int kScheme, int N, int M, bool kStream>
 inline void multiply(const MatmulTile& t) {
     constexpr SchemeShape kShape = kSchemeShapes[kScheme];
     constexpr bool kAsym = kShape.asymmetric;
     constexpr int kBlocks = kShape.group / 32;
     constexpr int kGroupBytes = 16 * kShape.group * kShape.bits / 8;
+    static_assert(!kAsym || kShape.group == 64, "the whole sums are those of 64 columns");
 
     const std::uint8_t* w[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) w[n] = t.weights + n * t.panel_bytes;
     const std::int8_t* a = t.values;
     const std::int32_t* sums = t.sums;
+    const float* a_sums = t.whole64;
     const float* a_scales = t.scales;
 
     for (std::int64_t left = t.cols; left > 0; left -= kSpan, a_scales += M) {
@@ -31,10 +34,19 @@ inline void multiply(const MatmulTile& t) {
             lines[n] = w[n] + header;
 #pragma GCC unroll 12
             for (int m = 0; m < M; ++m) f[n][m] = zeros();
+            if constexpr (!kStream)
+                for (int i = 0; t.ask_begin == 0 && i < header; i += 64) prefetch(w[n] + t.weights_ahead + i);
         }
         for (int g = 0; g < groups; ++g) {
+            if constexpr (!kStream) {
+#pragma GCC unroll 2
+                for (int n = 0; n < N; ++n)
+                    for (int i = t.ask_begin; i < t.ask_end; ++i) prefetch(lines[n] + t.weights_ahead + i * 64);
+#pragma GCC unroll 6
+                for (int i = 0; i < kBlocks * 32 * M; i += 64) prefetch(a + t.values_ahead + i);
+            }
             i32x16 sum[N][M];
-            dot_group<kShape.bits, kBlocks, kAsym, N, M, kPrefetch>(lines, a, sums, sum);
+            dot_group<kShape.bits, kBlocks, kAsym, N, M, kStream>(lines, a, sums, sum);
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) {
                 const f32x16 scale = load_half(w[n] + g * 32);
@@ -42,15 +54,16 @@ inline void multiply(const MatmulTile& t) {
                 for (int m = 0; m < M; ++m) f[n][m] = fma(to_f32(sum[n][m]), scale, f[n][m]);
             }
             if constexpr (kAsym) {
-                f32x16 a_sum[M];
-#pragma GCC unroll 12
-                for (int m = 0; m < M; ++m) a_sum[m] = group_sum(sums[m]);
+                f32x16 min_w[N];
 #pragma GCC unroll 2
-                for (int n = 0; n < N; ++n) {
-                    const f32x16 min_w = load_half(w[n] + (groups + g) * 32);
+                for (int n = 0; n < N; ++n) min_w[n] = load_half(w[n] + (groups + g) * 32);
 #pragma GCC unroll 12
-                    for (int m = 0; m < M; ++m) f[n][m] = fma(min_w, a_sum[m], f[n][m]);
+                for (int m = 0; m < M; ++m) {
+                    const f32x16 a_sum = bcast(a_sums[m]);
+#pragma GCC unroll 2
+                    for (int n = 0; n < N; ++n) f[n][m] = fma(min_w[n], a_sum, f[n][m]);
                 }
+                a_sums += M;
             }
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) lines[n] += kGroupBytes;
@@ -74,25 +87,15 @@ void stream_panel(const MatmulTile& t) {
     multiply<kScheme, 1, M, true>(t);
 }
 
-template <int kScheme, int M, bool kPrefetch>
-inline void multiply_pair(const MatmulTile& t) {
+template <int kScheme, int M>
+void pair(const MatmulTile& t) {
     if constexpr (kPanels == 2) {
-        multiply<kScheme, 2, M, kPrefetch>(t);
+        multiply<kScheme, 2, M, false>(t);
     } else {
         MatmulTile panel = t;
-        multiply<kScheme, 1, M, kPrefetch>(panel);
+        multiply<kScheme, 1, M, false>(panel);
         panel.weights += t.panel_bytes;
         panel.c += kLanes;
-        multiply<kScheme, 1, M, kPrefetch>(panel);
+        multiply<kScheme, 1, M, false>(panel);
     }
-}
-
-template <int kScheme, int M>
-void stream_pair(const MatmulTile& t) {
-    multiply_pair<kScheme, M, true>(t);
-}
-
-template <int kScheme, int M>
-void cached_pair(const MatmulTile& t) {
-    multiply_pair<kScheme, M, false>(t);
 }

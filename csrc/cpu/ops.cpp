@@ -9,59 +9,61 @@
 #include "kv_shape.hpp"
 #include "quantize.hpp"
 
-namespace cnl::ops {
+namespace cnl {
+
+SpanWriter SpanWriter::shared(Team& team, ops::Activations::Data& d, std::int64_t m, std::int64_t cols) {
+    const auto index = static_cast<std::size_t>(team.index());
+    if (index < d.own.size()) d.own[index]->current = &d.shared;
+    if (index == 0) {
+        d.shared.m = m;
+        d.shared.cols = cols;
+    }
+    return SpanWriter(d.shared, m, cols);
+}
+
+void SpanWriter::write(const float* x, const float* gamma, float factor, std::int64_t token, std::int64_t first,
+                       std::int64_t last) const {
+    const std::int64_t tile = tiles.of(token), begin = tiles.begin(tile), size = tiles.size(tile);
+    const std::int64_t slot = token - begin;
+    const cpu::Kernels& kernels = cpu::kernels();
+    for (std::int64_t span = first; span < last; ++span) {
+        cpu::QuantizeSpan s{};
+        s.x = x + token * cols + span * cpu::kSpan;
+        s.gamma = gamma ? gamma + span * cpu::kSpan : nullptr;
+        s.factor = factor;
+        s.cols = static_cast<int>(std::min<std::int64_t>(cpu::kSpan, cols - span * cpu::kSpan));
+        s.tokens = static_cast<int>(size);
+        s.values = data.values.get() + begin * padded + (span * 8 * size + slot) * 32;
+        s.sums32 = data.sums32.get() + begin * padded / 32 + span * 8 * size + slot;
+        s.sums64 = data.sums64.get() + begin * padded / 64 + span * 4 * size + slot;
+        s.whole64 = data.whole64.get() + begin * padded / 64 + span * 4 * size + slot;
+        s.scale = data.scales.get() + begin * spans + span * size + slot;
+        kernels.quantize_span(s);
+    }
+}
+
+namespace ops {
 namespace {
 
 /// Spans of one token that are worth handing to another thread.
 constexpr std::int64_t kSpanGrain = 8;
 
-/// Threads agree on these without reading `d`, whose sizes one of them is writing.
-struct Sizes {
-    std::int64_t m, cols, padded, spans;
-    Tiles tiles;
-    Sizes(std::int64_t tokens, std::int64_t columns)
-        : m(tokens),
-          cols(columns),
-          padded(Activations::Data::padded(columns)),
-          spans(Activations::Data::spans(columns)),
-          tiles(tokens) {}
-};
-
-void set_sizes(Team& team, Activations::Data& d, const Sizes& sizes) {
-    if (team.index() != 0) return;
-    d.m = sizes.m;
-    d.cols = sizes.cols;
-}
-
-cpu::QuantizeSpan span_at(Activations::Data& d, const Sizes& z, std::int64_t token, std::int64_t span) {
-    const std::int64_t tile = z.tiles.of(token), begin = z.tiles.begin(tile), size = z.tiles.size(tile);
-    const std::int64_t slot = token - begin;
-    cpu::QuantizeSpan s{};
-    s.cols = static_cast<int>(std::min<std::int64_t>(cpu::kSpan, z.cols - span * cpu::kSpan));
-    s.tokens = static_cast<int>(size);
-    s.values = d.values.get() + begin * z.padded + (span * 8 * size + slot) * 32;
-    s.sums32 = d.sums32.get() + begin * z.padded / 32 + span * 8 * size + slot;
-    s.sums64 = d.sums64.get() + begin * z.padded / 64 + span * 4 * size + slot;
-    s.scale = d.scales.get() + begin * z.spans + span * size + slot;
-    return s;
-}
-
-void quantize_spans(Activations::Data& d, const Sizes& z, const float* x, const float* gamma, float factor,
-                    std::int64_t token, std::int64_t begin, std::int64_t end) {
-    const cpu::Kernels& kernels = cpu::kernels();
-    for (std::int64_t i = begin; i < end; ++i) {
-        cpu::QuantizeSpan s = span_at(d, z, token, i);
-        s.x = x + token * z.cols + i * cpu::kSpan;
-        s.gamma = gamma ? gamma + i * cpu::kSpan : nullptr;
-        s.factor = factor;
-        kernels.quantize_span(s);
-    }
+/// This thread's own copy, which no other sees.
+SpanWriter own_copy(Team& team, Activations::Data& d, std::int64_t m, std::int64_t cols) {
+    Activations::Data::Own& own = *d.own[static_cast<std::size_t>(team.index())];
+    own.data.m = m;
+    own.data.cols = cols;
+    own.current = &own.data;
+    return SpanWriter(own.data, m, cols);
 }
 
 }  // namespace
 
-Activations::Activations(std::int64_t max_tokens, std::int64_t max_cols) : data_(new Data(max_tokens, max_cols)) {}
+Activations::Activations(std::int64_t max_tokens, std::int64_t max_cols, int threads)
+    : data_(new Data(max_tokens, max_cols, threads)) {}
 Activations::~Activations() { delete data_; }
+
+void run_step(ThreadPool& pool, const StepInputs&, const std::function<void(Team&)>& forward) { pool.run(forward); }
 
 void embed(Team& team, const Weight& table, const std::int32_t* tokens, std::int64_t m, float* x) {
     team.parallel_for(m, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -72,27 +74,30 @@ void embed(Team& team, const Weight& table, const std::int32_t* tokens, std::int
 
 void rms_norm(Team& team, const float* x, const float* gamma, float eps, std::int64_t m, std::int64_t cols,
               Activations& out) {
-    Activations::Data& d = out.data();
-    const Sizes sizes(m, cols);
-    set_sizes(team, d, sizes);
-    team.parallel_for(m, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            const float factor = cpu::kernels().rms_factor(x + i * cols, cols, eps);
-            quantize_spans(d, sizes, x, gamma, factor, i, 0, sizes.spans);
-        }
-    });
+    const auto normalize = [&](const SpanWriter& spans, std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i)
+            spans.write(x, gamma, cpu::kernels().rms_factor(x + i * cols, cols, eps), i, 0, spans.spans);
+    };
+    if (out.data().has_own(team, m)) {
+        normalize(own_copy(team, out.data(), m, cols), 0, m);
+        return;
+    }
+    const SpanWriter spans = SpanWriter::shared(team, out.data(), m, cols);
+    team.parallel_for(m, 1, [&](std::int64_t begin, std::int64_t end) { normalize(spans, begin, end); });
 }
 
 void quantize(Team& team, const float* x, std::int64_t m, std::int64_t cols, Activations& out) {
-    Activations::Data& d = out.data();
-    const Sizes sizes(m, cols);
-    set_sizes(team, d, sizes);
-    const std::int64_t spans = sizes.spans;
-    team.parallel_for(m * spans, kSpanGrain, [&](std::int64_t begin, std::int64_t end) {
+    if (out.data().has_own(team, m)) {
+        const SpanWriter spans = own_copy(team, out.data(), m, cols);
+        for (std::int64_t i = 0; i < m; ++i) spans.write(x, nullptr, 1.0f, i, 0, spans.spans);
+        return;
+    }
+    const SpanWriter spans = SpanWriter::shared(team, out.data(), m, cols);
+    team.parallel_for(m * spans.spans, kSpanGrain, [&](std::int64_t begin, std::int64_t end) {
         while (begin < end) {
-            const std::int64_t token = begin / spans, first = begin % spans;
-            const std::int64_t last = std::min(spans, first + end - begin);
-            quantize_spans(d, sizes, x, nullptr, 1.0f, token, first, last);
+            const std::int64_t token = begin / spans.spans, first = begin % spans.spans;
+            const std::int64_t last = std::min(spans.spans, first + end - begin);
+            spans.write(x, nullptr, 1.0f, token, first, last);
             begin += last - first;
         }
     });
@@ -131,4 +136,5 @@ void gather_rows(Team& team, const float* x, const std::int32_t* rows, std::int6
     });
 }
 
-}  // namespace cnl::ops
+}  // namespace ops
+}  // namespace cnl

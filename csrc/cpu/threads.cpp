@@ -68,6 +68,7 @@ struct ThreadPool::State {
 
     std::byte* scratch = nullptr;
     std::size_t scratch_bytes = 0;
+    std::vector<std::atomic<std::uint32_t>> counters;
 
     ~State() { ::operator delete(scratch, kAlign); }
 
@@ -137,7 +138,9 @@ void ThreadPool::run(const std::function<void(Team&)>& job) {
     }
     s.execute(*this, 0);
     for (std::uint32_t left; (left = s.running.load(std::memory_order_acquire)) != 0;) wait_change(s.running, left);
-    if (s.failure) std::rethrow_exception(std::exchange(s.failure, nullptr));
+    if (!s.failure) return;
+    for (auto& counter : s.counters) counter.store(0, std::memory_order_relaxed);  // left in the middle of an op
+    std::rethrow_exception(std::exchange(s.failure, nullptr));
 }
 
 int Team::size() const { return pool_.state_->size; }
@@ -175,20 +178,31 @@ bool Team::claim(std::int64_t count, std::int64_t grain, int& victim, Piece& pie
     return false;
 }
 
+template <typename Grow>
+void Team::grow_together(bool enough, Grow&& grow) {
+    if (enough) return;
+    barrier();  // all have seen that it is too small
+    if (index_ == 0) grow();
+    barrier();
+}
+
 std::byte* Team::scratch(std::size_t bytes) {
     ThreadPool::State& s = *pool_.state_;
-    if (bytes > s.scratch_bytes) {
-        barrier();  // all have seen that it is too small
-        if (index_ == 0) {
-            bytes += bytes / 2;  // it grows with the context: not at every step
-            std::byte* larger = static_cast<std::byte*>(::operator new(bytes, kAlign));
-            ::operator delete(s.scratch, kAlign);
-            s.scratch = larger;
-            s.scratch_bytes = bytes;
-        }
-        barrier();
-    }
+    grow_together(bytes <= s.scratch_bytes, [&] {
+        const std::size_t size = bytes + bytes / 2;  // it grows with the context: not at every step
+        std::byte* larger = static_cast<std::byte*>(::operator new(size, kAlign));
+        ::operator delete(s.scratch, kAlign);
+        s.scratch = larger;
+        s.scratch_bytes = size;
+    });
     return s.scratch;
+}
+
+std::atomic<std::uint32_t>* Team::counters(std::size_t count) {
+    ThreadPool::State& s = *pool_.state_;
+    grow_together(count <= s.counters.size(),
+                  [&] { s.counters = std::vector<std::atomic<std::uint32_t>>(count + count / 2); });
+    return s.counters.data();
 }
 
 }  // namespace cnl

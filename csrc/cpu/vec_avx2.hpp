@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of 16 in two 256-bit registers (AVX2, FMA and F16C). Contracts as in vec_scalar.hpp.
-// Included inside an anonymous namespace.
+// Vectors of 16 in two 256-bit registers (AVX2, FMA and F16C). Contracts as in vec_scalar.hpp. Where the including file
+// is compiled for AVX-VNNI the integer sums use its vpdpbusd. Included inside an anonymous namespace.
 
 struct f32x16 {
     __m256 a, b;
@@ -117,13 +117,42 @@ inline __m256i bcast4(const std::int8_t* p) {
     return _mm256_set1_epi32(x);
 }
 
+#if defined(__AVXVNNI__)
+/// 8 rows of a group for T of M tokens. The sums are exact in 32 bits; starting from -zero * sum(a) takes the offset of
+/// symmetric weights away.
+template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+inline __attribute__((always_inline)) void dot_rows_vnni(const std::uint8_t* w, const std::int8_t* a,
+                                                         const std::int32_t* sums, __m256i* out) {
+    constexpr int kLines = kBits == 4 ? 4 : 8;
+    const __m256i mask = _mm256_set1_epi8(15);
+    const __m256i zero = _mm256_set1_epi16(static_cast<short>(-(1 << (kBits - 1))));
+    __m256i sum[T];
+#pragma GCC unroll 8
+    for (int m = 0; m < T; ++m)
+        sum[m] = kAsym ? _mm256_setzero_si256() : _mm256_madd_epi16(_mm256_set1_epi32(sums[m]), zero);
+#pragma GCC unroll 2
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 8
+        for (int t = 0; t < kLines; ++t) {
+            const std::uint8_t* p = w + (b * kLines + t) * 64;
+            if constexpr (kPrefetch) prefetch(p + kPrefetchBytes);
+            const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+            const __m256i low = kBits == 4 ? _mm256_and_si256(line, mask) : line;
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
+#pragma GCC unroll 8
+            for (int m = 0; m < T; ++m) {
+                const std::int8_t* x = a + (b * M + m) * 32 + 4 * t;
+                sum[m] = _mm256_dpbusd_avx_epi32(sum[m], low, bcast4(x));
+                if constexpr (kBits == 4) sum[m] = _mm256_dpbusd_avx_epi32(sum[m], high, bcast4(x + 16));
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < T; ++m) out[m] = sum[m];
+}
+#else
 /// Keeps a sum as it is: without it GCC rebuilds 16 additions as a tree, and 16 products do not fit the registers.
 inline __attribute__((always_inline)) void pin(__m256i& x) { asm("" : "+x"(x)); }
-
-/// Makes the compiler read the activations again for the next 8 rows, not keep them: there are 16 registers.
-inline __attribute__((always_inline)) void again(const std::int8_t*& a, const std::int32_t*& sums) {
-    asm volatile("" : "+r"(a), "+r"(sums) : : "memory");
-}
 
 /// 8 rows of a 4-bit group for T of M tokens. vpmaddubsw adds two products of at most 15 * 127, so it does not
 /// saturate. The int16 sums may wrap on the way, but they start from -8 * sum(a) and so end at a sum of 32 products (q
@@ -198,16 +227,29 @@ inline __attribute__((always_inline)) void dot_rows8(const std::uint8_t* w, cons
     }
 }
 
+#endif
+
+/// Makes the compiler read the activations again for the next 8 rows, not keep them: there are 16 registers.
+inline __attribute__((always_inline)) void again(const std::int8_t*& a, const std::int32_t*& sums) {
+    asm volatile("" : "+r"(a), "+r"(sums) : : "memory");
+}
+
 /// 8 rows of one group for T of M tokens, as many at a time as there are registers for.
 template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
 inline __attribute__((always_inline)) void dot_rows(const std::uint8_t* w, const std::int8_t* a,
                                                     const std::int32_t* sums, __m256i* out) {
+#if defined(__AVXVNNI__)
+    constexpr int kMost = 6;
+    constexpr int kNow = T < kMost ? T : kMost;
+    dot_rows_vnni<kBits, kBlocks, kAsym, kNow, M, kPrefetch>(w, a, sums, out);
+#else
     constexpr int kMost = kBits == 4 ? 6 : 3;
     constexpr int kNow = T < kMost ? T : kMost;
     if constexpr (kBits == 4)
         dot_rows4<kBlocks, kAsym, kNow, M, kPrefetch>(w, a, sums, out);
     else
         dot_rows8<kBlocks, kNow, M, kPrefetch>(w, a, sums, out);
+#endif
     if constexpr (T > kMost)
         dot_rows<kBits, kBlocks, kAsym, T - kMost, M, false>(w, a + kMost * 32, sums + kMost, out + kMost);
 }
@@ -227,19 +269,25 @@ inline __attribute__((always_inline)) void dot_group(const std::uint8_t* const (
 }
 
 inline std::int64_t int8_peak(std::int64_t iterations) {
-    constexpr int kChains = 8;
+    constexpr int kChains = 10;
     __m256i sum[kChains], x = _mm256_set1_epi8(1);
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int i = 0; i < kChains; ++i) {
         sum[i] = _mm256_setzero_si256();
         asm("" : "+x"(sum[i]));  // else the chains are one to the compiler
     }
     for (std::int64_t k = 0; k < iterations; ++k) {
         asm volatile("" : "+x"(x));
-#pragma GCC unroll 8
-        for (int i = 0; i < kChains; ++i) sum[i] = _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(x, x));
+#pragma GCC unroll 10
+        for (int i = 0; i < kChains; ++i) {
+#if defined(__AVXVNNI__)
+            sum[i] = _mm256_dpbusd_avx_epi32(sum[i], x, x);
+#else
+            sum[i] = _mm256_add_epi16(sum[i], _mm256_maddubs_epi16(x, x));
+#endif
+        }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int i = 0; i < kChains; ++i) asm volatile("" ::"x"(sum[i]));
     return iterations * kChains * 32;
 }
