@@ -96,6 +96,23 @@ def test_resuming_with_other_options_is_refused(base: Path, data: Path, tmp_path
     pretrain(base, data, tmp_path / "out", "--rank", 4, "--restart")
 
 
+@pytest.mark.parametrize("mode", [(), ("--full",)], ids=["lora", "full"])
+def test_run_killed_after_its_last_step_counts_what_it_did(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: tuple[str, ...]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cnllama.adapt.train._finish", interrupt)
+        pretrain(base, data, tmp_path / "killed", *mode, expect=130)
+    pretrain(base, data, tmp_path / "killed", *mode)
+    pretrain(base, data, tmp_path / "whole", *mode)
+    killed, whole = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("killed", "whole"))
+    assert killed.pop("seconds") > 0
+    assert killed == {key: value for key, value in whole.items() if key != "seconds"}
+
+
 def test_held_out_set_may_be_smaller_than_a_batch(base: Path, data: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "held.txt"
     held_out.write_text("".join((data / "zh.txt").read_text().splitlines(keepends=True)[:9]))
