@@ -369,7 +369,7 @@ def first_token_seconds(path: Path, prompt: str, options: Iterable[str]) -> floa
     options: of that verb. Raises CnllamaError with what it says when it fails.
     """
     command = [sys.executable, "-m", "cnllama", "run", "-m", str(path), "--raw", "-p", prompt]
-    command += ["-n", "1", "--temp", "0", *options]
+    command += ["-n", "1", "--min-tokens", "1", "--temp", "0", *options]
     begin = time.perf_counter()
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
