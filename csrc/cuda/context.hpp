@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// One engine's view of the device: a stream, the step under way, and captured steps.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+
+#include "../ops.hpp"
+#include "check.hpp"
+#include "kernels.hpp"
+#include "step.hpp"
+
+namespace cnl::cuda {
+
+class Context;
+/// The context behind a thread pool of this back end.
+Context& context_of(ThreadPool& pool);
+
+/// What device 0 is. `problem` is one sentence when it cannot be used, else empty.
+struct Device {
+    std::string name, problem;
+    int major = 0, minor = 0, processors = 0, driver = 0, runtime = 0;
+    std::size_t free_bytes = 0, total_bytes = 0, shared_limit = 0;
+};
+Device find_device();
+/// The same, as CudaError when there is a problem.
+Device usable_device();
+
+struct Options {
+    bool graphs = true;       // decode steps are captured once and replayed
+    bool early_start = true;  // where the device can
+    bool dp4a = false;        // products of one token by dp4a instead of mma
+    bool wait_each = false;   // every launch is waited for
+};
+/// CNLLAMA_CUDA_OPTIONS: words out of no-graphs, no-early-start, dp4a, wait. Throws std::invalid_argument for others.
+Options options_from_environment();
+
+class Context {
+ public:
+    Context(const Device& device, const Options& options);
+    ~Context();
+
+    const Queue& queue() const { return queue_; }
+    const Stream& stream() const { return stream_; }
+    const Options& options() const { return options_; }
+
+    /// Runs a forward pass on what `inputs` says; `forward` launches kernels through ops. Asynchronous.
+    void run(const ops::StepInputs& inputs, const std::function<void()>& forward);
+
+    // What the ops read while `forward` runs.
+    const StepShape& shape() const { return shape_; }
+    const StepRows& step() const { return upload_->device(); }
+    /// Rows or outputs of the step for the number the model gives: a captured step may have more.
+    int padded(std::int64_t count) const { return padded_ ? shape_.rows : static_cast<int>(count); }
+    AttentionArgs attention_args(const KvCache& cache, int layer, int heads) const;
+    const std::int32_t* chosen() const { return chosen_.get(); }
+
+    /// Room for the sizes of a model; before the first run.
+    void reserve(const KvLayout& layout, int heads, std::int64_t rows, std::int64_t pages, std::int64_t vocab);
+    /// float [rows, vocab] of device memory, valid until more rows are asked for.
+    float* logits(std::int64_t rows);
+    std::size_t bytes() const;
+
+    /// The most likely token of every output is chosen on the device, as part of the step, and is the row's token in
+    /// the next step when from_device is set.
+    bool choose = false, from_device = false;
+    std::int64_t replays() const { return replays_; }
+
+    /// The context of the run that this thread is in.
+    static Context& current();
+
+ private:
+    struct Graph;
+    using Key = std::tuple<int, int, bool>;  // rows, chunks, choose
+    void forget_graphs();
+    void replay(const Key& key, const std::function<void()>& work);
+
+    Options options_;
+    Stream stream_;
+    Queue queue_;
+    std::unique_ptr<StepUpload> upload_;
+    StepShape shape_;
+    bool padded_ = false;
+    KvLayout layout_;
+    int heads_ = 0;
+    std::int64_t max_rows_ = 0, vocab_ = 0;
+    AttentionCut decode_cut_{}, prefill_cut_{};
+    DeviceArray<float> partials_, logits_, best_values_;
+    DeviceArray<std::int32_t> best_ids_, chosen_;
+    DeviceArray<std::uint32_t> arrivals_;
+    std::map<Key, std::unique_ptr<Graph>> graphs_;
+    std::int64_t replays_ = 0;
+};
+
+}  // namespace cnl::cuda

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA engine against the CPU's: the same logits, bit for bit, and the same manners."""
+
+import ast
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cuda_backend
+import numpy as np
+import pytest
+
+from cnllama import _core
+from cnllama.format import open_cnl
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = np.array([1, 5, 40, 300, 7, 7, 210, 13, 99, 4, 61, 500, 18, 2, 77], np.int32)
+
+
+@pytest.fixture(scope="module")
+def cuda() -> ModuleType:
+    return cuda_backend.load()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_cnl: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    file = open_cnl(tiny_cnl)
+    return file.config, file.engine_tensors()
+
+
+def engines(cuda, model, **options) -> tuple[Any, Any]:
+    config, tensors = model
+    options = {"context": 384, "max_sequences": 3, **options}
+    return cuda.Engine(config, tensors, **options), _core.Engine(config, tensors, threads=1, **options)
+
+
+def same_step(pair, batch) -> np.ndarray:
+    got, expected = (engine.step(batch) for engine in pair)
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+    return got
+
+
+@pytest.mark.parametrize("kv_type", ["fp16", "int8"])
+def test_logits_are_the_cpu_s(cuda, model, kv_type) -> None:
+    pair = engines(cuda, model, kv_type=kv_type)
+    assert [engine.open() for engine in pair] == [0, 0]
+    same_step(pair, [(0, TEXT, True)])
+    for token in (3, 8, 9, 10):  # the second decode step is captured, later ones are replays
+        same_step(pair, [(0, np.array([token], np.int32), False)])
+    assert pair[0].replays() >= 2
+    assert [engine.length(0) for engine in pair] == [19, 19]
+
+
+def test_mixed_batches_and_trimming(cuda, model) -> None:
+    pair = engines(cuda, model)
+    for engine in pair:
+        for _ in range(3):
+            engine.open()
+    same_step(pair, [(0, TEXT, False), (1, TEXT[:3], True)])
+    same_step(pair, [(2, TEXT, False), (1, TEXT[3:4], False), (0, TEXT[:2], True)])
+    for engine in pair:
+        engine.trim(0, 9)
+    one = [(i, TEXT[i : i + 1], False) for i in range(3)]
+    for _ in range(3):
+        same_step(pair, one)
+
+
+def test_generate_is_step_and_argmax(cuda, model) -> None:
+    got, expected = engines(cuda, model)
+    first = []
+    for engine in (got, expected):
+        tokens = []
+        for sequence, length in enumerate((15, 4)):
+            engine.open()
+            tokens.append(int(engine.step([(sequence, TEXT[:length], False)])[0].argmax()))
+        first.append(tokens)
+    assert first[0] == first[1]
+    chosen = got.generate([0, 1], np.array(first[0], np.int32), 5)
+    tokens = first[1]
+    for row in chosen:
+        logits = expected.step([(i, np.array([token], np.int32), False) for i, token in enumerate(tokens)])
+        tokens = [int(x.argmax()) for x in logits]
+        assert row.tolist() == tokens
+    assert got.length(0) == expected.length(0)
+
+
+def test_a_failed_step_changes_nothing(cuda, model) -> None:
+    engine, _ = engines(cuda, model, context=64, max_sequences=1)
+    engine.open()
+    engine.step([(0, TEXT, False)])
+    with pytest.raises(RuntimeError, match=r"is full: sequence 0 has 15 positions and asks for 60"):
+        engine.step([(0, np.resize(TEXT, 60), False)])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        engine.step([(0, np.array([1 << 20], np.int32), False)])
+    assert engine.length(0) == 15
+
+
+def test_limit_of_a_step_is_the_one_asked_for(cuda, model) -> None:
+    engine, _ = engines(cuda, model, max_step_tokens=10)
+    engine.open()
+    assert engine.max_step_tokens == 10
+    with pytest.raises(ValueError, match="a step of 15 tokens is over the limit of 10"):
+        engine.step([(0, TEXT, False)])
+
+
+@pytest.mark.skipif(cuda_backend.on_a_gpu(), reason="the size of a GPU cannot be set")
+def test_too_small_a_gpu_is_refused_with_the_context_that_fits(cuda, model, monkeypatch) -> None:
+    engine, _ = engines(cuda, model, context=64)
+    sizes = engine.memory()
+    fixed = sizes["weights"] + sizes["scratch"] + (256 << 20)
+    del engine
+    monkeypatch.setenv("CNLLAMA_EMULATOR_MEMORY", str(fixed + 200 * 3 * sizes["kv_per_token"]))
+    with pytest.raises(
+        RuntimeError, match=r"a context of 4096 needs .* GiB of GPU memory .*: a context of \d+ fits, --ctx"
+    ):
+        engines(cuda, model, context=4096)
+    monkeypatch.setenv("CNLLAMA_EMULATOR_MEMORY", str(1 << 20))
+    with pytest.raises(RuntimeError, match="no context fits; use the CPU or a larger GPU"):
+        engines(cuda, model, context=64)
+
+
+@pytest.mark.parametrize("option", ["no-graphs", "dp4a", "wait no-early-start"])
+def test_options_change_no_bit(cuda, model, monkeypatch, option) -> None:
+    monkeypatch.setenv("CNLLAMA_CUDA_OPTIONS", option)
+    pair = engines(cuda, model)
+    for engine in pair:
+        engine.open()
+    same_step(pair, [(0, TEXT, False)])
+    for token in (3, 8, 9):
+        same_step(pair, [(0, np.array([token], np.int32), False)])
+    assert (pair[0].replays() > 0) == (option == "dp4a")
+
+
+def test_unknown_options_are_refused(cuda, model, monkeypatch) -> None:
+    monkeypatch.setenv("CNLLAMA_CUDA_OPTIONS", "fast")
+    with pytest.raises(ValueError, match="CNLLAMA_CUDA_OPTIONS has 'fast', expected no-graphs"):
+        engines(cuda, model)
+
+
+def test_the_device_describes_itself(cuda) -> None:
+    device = cuda.device()
+    assert set(device) == {
+        "problem", "name", "compute_capability", "processors", "driver", "runtime", "free_bytes", "total_bytes",
+    }  # fmt: skip
+    assert device["problem"] == ""
+    assert device["name"]
+
+
+def test_stub_names_what_the_module_has(cuda) -> None:
+    tree = ast.parse((ROOT / "cnllama/_cuda.pyi").read_text())
+    members = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    members |= {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
+    (engine,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    for child in engine.body:
+        if isinstance(child, ast.FunctionDef | ast.AnnAssign):
+            name = child.name if isinstance(child, ast.FunctionDef) else child.target.id
+            members.add(f"Engine.{name}")
+    found = {name for name, value in vars(cuda).items() if not isinstance(value, ModuleType)}
+    found |= {f"Engine.{name}" for name in vars(cuda.Engine)}
+    found = {name for name in found if not name.split(".")[-1].startswith("_") and not name.startswith("_")}
+    assert members - {"Engine.__init__"} == found
+
+
+def answers(path: Path | None, device: str, tokens: int) -> list[list[int]]:
+    from cnllama import LLM
+
+    with LLM(path, device=device, max_sequences=2, ctx=256) as llm:
+        prompts = ["你好，请介绍一下你自己。", "The cat sat on the mat and"]
+        found = llm.generate(prompts, temperature=0, max_tokens=tokens, ignore_eos=True)
+    return [completion.token_ids for completion in found]
+
+
+def test_greedy_answers_are_the_cpu_s(cuda, tiny_cnl, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "cnllama._cuda", cuda)
+    monkeypatch.setattr("cnllama._cuda", cuda, raising=False)
+    assert answers(tiny_cnl, "cuda", 6) == answers(tiny_cnl, "cpu", 6)
+
+
+@pytest.mark.skipif(not cuda_backend.on_a_gpu(), reason="no GPU, and the demonstration model is slow in the emulation")
+def test_demonstration_model_says_the_same() -> None:
+    if not list((ROOT / "cnllama/demo").glob("*.cnl")):
+        pytest.skip("no demonstration model in this tree")
+    assert answers(None, "cuda", 100) == answers(None, "cpu", 100)
