@@ -7,11 +7,14 @@ import importlib
 from typing import Any
 
 from cnllama.errors import InputError
+from cnllama.plan import STEP_TOKENS, Available
 from cnllama.textio import tr
 
 NAMES = ("auto", "cpu", "cuda")
 CUDA_STEP_TOKENS = 2048
 """Tokens of a step on the GPU: prompts are bound by arithmetic there, and larger steps use it better."""
+
+_ENGINE_BYTES = 640 << 20  # what the engine and the driver take on a GPU beside weights and cache, about
 
 
 def cuda_problem() -> str:
@@ -59,3 +62,15 @@ def engine_class(device: str) -> Any:
     from cnllama import _core
 
     return _core.Engine
+
+
+def step_tokens(device: str) -> int:
+    """The largest step of a chosen device."""
+    return CUDA_STEP_TOKENS if device == "cuda" else STEP_TOKENS
+
+
+def gpu_memory() -> Available:
+    """What weights and cache may take of the GPU."""
+    from cnllama import _cuda
+
+    return Available(max(0, int(_cuda.device()["free_bytes"]) - _ENGINE_BYTES), "free GPU memory")

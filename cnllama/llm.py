@@ -11,20 +11,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnllama import _core
+from cnllama.device import choose, engine_class, gpu_memory, step_tokens
 from cnllama.errors import CnllamaError, InputError
 from cnllama.format import open_cnl
-from cnllama.plan import STEP_TOKENS, Plan, make_plan, refuse_unless_fits, trained_length
+from cnllama.plan import Plan, make_plan, refuse_unless_fits, trained_length
 from cnllama.request import Completion, Request
 from cnllama.sampling import SamplingParams
 from cnllama.scheduler import Scheduler, SlotPool
 from cnllama.templates import Message, Template, encode_chat, get_template
 from cnllama.textio import tr
 from cnllama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from cnllama import _core
 
 Prompt = str | Sequence[int] | Sequence[Message]
 Progress = Callable[[int, int], None]
@@ -90,7 +93,8 @@ class LLM:
     may use them. kv_type: "fp16" or "int8". max_sequences: how many run at once. template: a name of templates.py
     instead of the file's own. speculate: "lookup" guesses tokens from what the prompt and the answer said before and
     runs several in one step; the answers are the same, token for token, and those that quote or repeat come faster. The
-    attribute of that name may be changed; it holds for requests made afterwards.
+    attribute of that name may be changed; it holds for requests made afterwards. device: "cuda" for an NVIDIA GPU; the
+    answers are the same.
 
     Raises InputError for a file that is not sound, an option out of range and a model that does not fit into memory.
     """
@@ -105,6 +109,7 @@ class LLM:
         max_sequences: int = 1,
         template: str | None = None,
         speculate: str | None = None,
+        device: str = "cpu",
     ) -> None:
         begin = time.perf_counter()
         if speculate not in (None, "lookup"):
@@ -115,6 +120,7 @@ class LLM:
                 )
             )
         self.speculate = speculate
+        self.device = choose(device)
         self.path = Path(path) if path is not None else bundled_model()
         self.file = open_cnl(self.path)
         self.vocab_size: int = self.file.vocab_size
@@ -122,18 +128,25 @@ class LLM:
         self.tokenizer = Tokenizer(self.file.tokenizer_model, self.file.tokenizer)
         tensors = self.file.engine_tensors()
         weights = sum(entry[0].nbytes for entry in tensors.values())
-        self.plan: Plan = make_plan(self.file.config, weights, context=ctx, kv_type=kv_type, sequences=max_sequences)
+        self.plan: Plan = make_plan(
+            self.file.config,
+            weights,
+            context=ctx,
+            kv_type=kv_type,
+            sequences=max_sequences,
+            available=gpu_memory() if self.device == "cuda" else None,
+        )
         refuse_unless_fits(self.plan, self.path)
         self.context = self.plan.context
         self._warn_long_context()
         try:
-            self.engine = _core.Engine(
+            self.engine = engine_class(self.device)(
                 self.file.config,
                 tensors,
                 threads=threads,
                 context=self.context,
                 max_sequences=max_sequences,
-                max_step_tokens=STEP_TOKENS,
+                max_step_tokens=step_tokens(self.device),
                 kv_type=kv_type,
             )
         except ValueError as error:

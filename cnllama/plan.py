@@ -120,7 +120,8 @@ def refuse_unless_fits(plan: Plan, path: str | os.PathLike[str]) -> None:
     if plan.fits:
         return
     need, have = plan.total / GIB, plan.available.bytes / GIB
-    source = tr(plan.available.source, {"free memory": "空闲内存"}.get(plan.available.source, "cgroup 限制"))
+    chinese = {"free memory": "空闲内存", "free GPU memory": "空闲显存"}
+    source = tr(plan.available.source, chinese.get(plan.available.source, "cgroup 限制"))
     if plan.fitting_context >= MIN_CONTEXT:
         raise InputError(
             tr(

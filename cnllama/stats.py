@@ -23,13 +23,14 @@ def bytes_per_step(llm: LLM) -> int:
 def measure(llm: LLM, completion: Completion, bandwidth: bool = True) -> dict[str, Any]:
     """Figures of one request, seconds and rates by name; a rate whose time is zero is None.
 
-    With `bandwidth` the memory's is measured too, with the engine's threads, which takes some tenths of a second.
+    With `bandwidth` the main memory's is measured too, with the engine's threads, which takes some tenths of a second;
+    a model on a GPU does not read it.
     """
     from cnllama import _core
 
     usage, timing = completion.usage, completion.timing
     rate = _ratio(timing.steps, timing.decode)
-    limit = _core.read_bandwidth(llm.threads) if bandwidth else None
+    limit = _core.read_bandwidth(llm.threads) if bandwidth and llm.device == "cpu" else None
     read = bytes_per_step(llm) + llm.plan.kv_per_token * (usage.prompt_tokens + usage.completion_tokens // 2)
     return {
         "load_s": llm.load_seconds,

@@ -174,7 +174,7 @@ def test_n_zero(tiny_cnl: Path) -> None:
         (["run", "-p", "x", "-f", "y"], "exclude each other"),
         (["run", "-f", "没有.txt"], "没有.txt: there is no such file"),
         (["run", "-p", "x", "--raw", "--template", "alpaca"], "exclude each other"),
-        (["run", "-p", "x", "--device", "cuda"], "'cuda'"),
+        (["run", "-p", "x", "--device", "tpu"], "'tpu'"),
         (["run", "-p", "x", "--logprobs", "2"], "--logprobs needs --json"),
         (["run", "-p", "x", "-n", "many"], "invalid int value: 'many'"),
         (["plan"], "FILE"),

@@ -36,7 +36,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--kv", default="fp16", metavar="TYPE", help=tr("type of the cache: fp16 or int8", "缓存类型：fp16 或 int8")
     )
     group.add_argument("--threads", type=int, default=0, metavar="N", help=tr("0: physical cores", "0：物理核数"))
-    group.add_argument("--device", default="auto", metavar="NAME", help=tr("cpu or auto", "cpu 或 auto"))
+    group.add_argument(
+        "--device", default="auto", metavar="NAME", help=tr("cpu, cuda or auto: cpu", "cpu、cuda 或 auto（即 cpu）")
+    )
     group.add_argument(
         "--speculate",
         metavar="HOW",
@@ -103,13 +105,6 @@ def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_model(args: argparse.Namespace) -> LLM:
     """The model that the options name; warnings are printed, one line each. Raises InputError."""
-    if args.device not in ("cpu", "auto"):
-        raise InputError(
-            tr(
-                f"the device is {args.device!r} and this build has cpu only: leave --device out",
-                f"设备 {args.device!r} 不可用，此版本只支持 cpu：请去掉 --device",
-            )
-        )
     if args.raw and args.template not in (None, "raw"):
         raise InputError(tr("--raw and --template exclude each other", "--raw 与 --template 不能同时使用"))
     from cnllama.llm import LLM
@@ -123,6 +118,7 @@ def open_model(args: argparse.Namespace) -> LLM:
             kv_type=args.kv,
             template="raw" if args.raw else args.template,
             speculate=args.speculate,
+            device=args.device,
         )
     for warning in caught:
         print(tr("cnllama: warning: ", "cnllama：警告：") + str(warning.message), file=sys.stderr)
@@ -130,10 +126,13 @@ def open_model(args: argparse.Namespace) -> LLM:
 
 
 def describe(llm: LLM) -> str:
-    """One line for the start: file, template, context, threads, kernels."""
+    """One line for the start: file, template, context, threads, kernels or GPU."""
     from cnllama import _core
 
+    gpu = llm.device == "cuda"
+    where = llm.engine.device if gpu else f"{llm.threads} threads, {_core.isa()}"
+    chinese = llm.engine.device if gpu else f"{llm.threads} 线程，{_core.isa()}"
     return tr(
-        f"{llm.path.name}: template {llm.template.name}, context {llm.context}, {llm.threads} threads, {_core.isa()}",
-        f"{llm.path.name}：模板 {llm.template.name}，上下文 {llm.context}，{llm.threads} 线程，{_core.isa()}",
+        f"{llm.path.name}: template {llm.template.name}, context {llm.context}, {where}",
+        f"{llm.path.name}：模板 {llm.template.name}，上下文 {llm.context}，{chinese}",
     )
