@@ -9,11 +9,12 @@ import math
 import mmap
 import os
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ DTYPE_BYTES = {
 _OTHER_FORMATS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a zip archive (a .bin of PyTorch?)", b"\x80\x02": "a pickle"}
 
 Bytes = npt.NDArray[np.uint8]
+_Writer = TypeVar("_Writer", bound="TensorWriter")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -286,6 +288,65 @@ class Output:
                     leftover.unlink()
         except (ImportError, OSError):
             return
+
+
+class TensorWriter:
+    """The tensors of a file, streamed to a temporary name that becomes the final one when all are there.
+
+    sizes: name -> bytes, in file order. data_begin: where the first tensor begins, after the header. alignment: bytes;
+    zeros after a tensor bring the next one, or the end of the file, to a multiple of it. Tensors are written in order,
+    each in pieces of any size. An exception leaves no file. Raises CnllamaError for a full disk and InputError for a
+    place that cannot be written.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], sizes: Mapping[str, int], data_begin: int, alignment: int = 1
+    ) -> None:
+        self.path = Path(path)
+        self._alignment = alignment
+        self.size = data_begin + sum(round_up(size, alignment) for size in sizes.values())
+        check_space(self.path, self.size)
+        self._order = iter(sizes.items())
+        self._name, self._left = "", 0
+        self._position = data_begin
+        self._output = Output(self.path)
+
+    def __enter__(self: _Writer) -> _Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._output.__exit__(kind, error, traceback)
+
+    def write(self, name: str, chunk: Bytes | bytes) -> None:
+        """Appends bytes to tensor `name`. Raises ValueError for a wrong order or too many bytes, CnllamaError when the
+        disk is full.
+        """
+        if self._left == 0:
+            self._name, self._left = next(self._order, ("", 0))
+        if name != self._name:
+            raise ValueError(f"{name} was written where {self._name or 'nothing'} was due")
+        data = np.ascontiguousarray(chunk).data.cast("B") if isinstance(chunk, np.ndarray) else memoryview(chunk)
+        if len(data) > self._left:
+            raise ValueError(f"{name} has {len(data) - self._left} bytes too many")
+        self._append(data)
+        self._left -= len(data)
+        if self._left == 0:
+            self._append(memoryview(bytes(round_up(self._position, self._alignment) - self._position)))
+
+    def _append(self, data: memoryview) -> None:
+        self._output.write(data, self._position)
+        self._position += len(data)
+
+    def _check_complete(self) -> None:
+        if self._position != self.size:
+            raise ValueError(f"the file ends at byte {self._position} instead of {self.size}: a tensor is missing")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
 
 
 def free_bytes(directory: Path) -> int:

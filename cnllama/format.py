@@ -11,14 +11,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
 
 from cnllama import _core
 from cnllama.config import check_config, expected_tensors
-from cnllama.container import Bytes, Entry, Output, SafetensorsFile, check_space, is_count, parse_json
+from cnllama.container import Bytes, Entry, SafetensorsFile, TensorWriter, is_count, parse_json, round_up
 from cnllama.errors import CnllamaError
 
 FORMAT, VERSION = "cnl", "1"
@@ -50,9 +49,9 @@ class TensorEntry:
 def stored_shape(scheme: str, rows: int, cols: int) -> tuple[str, list[int]]:
     """(safetensors dtype, shape) of a tensor in the file. Raises ValueError for an unknown scheme."""
     if scheme == "raw":
-        return "U8", [_round_up(rows, ALIGNMENT)]
+        return "U8", [round_up(rows, ALIGNMENT)]
     if scheme == "f32":
-        return "F32", [_round_up(rows, VECTOR_PAD)]
+        return "F32", [round_up(rows, VECTOR_PAD)]
     panels = _core.padded_rows(rows) // PANEL_ROWS
     return "U8", [panels, _core.packed_bytes(scheme, rows, cols) // panels]
 
@@ -266,11 +265,7 @@ def _is_text(value: str) -> bool:
     return bool(value) and value.encode("utf-8", "replace").decode() == value
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-class CnlWriter:
+class CnlWriter(TensorWriter):
     """Streams a .cnl to a temporary name and renames it when complete.
 
     path: the final name. table: name -> (scheme, rows, cols) in file order. metadata: the header's values as Python
@@ -281,44 +276,14 @@ class CnlWriter:
     def __init__(
         self, path: str | os.PathLike[str], metadata: Mapping[str, Any], table: Mapping[str, tuple[str, int, int]]
     ) -> None:
-        self.path = Path(path)
         self._metadata = dict(metadata)
         self._table = dict(table)
         self._sizes = {name: stored_bytes(*row) for name, row in table.items()}
+        self._content = hashlib.sha256()
         # The header is written last but the data cannot move: leave room for the statistics of every tensor.
         draft = len(self._header("")) + 192 * len(table) + (1 << 12)
-        self._data_begin = _round_up(8 + draft, ALIGNMENT)
-        self.size = self._data_begin + sum(self._sizes.values())
-        check_space(self.path, self.size)
-        self._output = Output(self.path)
-        self._order = iter(self._sizes.items())
-        self._name, self._left = "", 0
-        self._position = self._data_begin
-        self._content = hashlib.sha256()
-
-    def __enter__(self) -> CnlWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._output.__exit__(kind, error, traceback)
-
-    def write(self, name: str, chunk: Bytes | bytes) -> None:
-        """Appends bytes to tensor `name`. Raises ValueError for a wrong order or too many bytes, CnllamaError when the
-        disk is full.
-        """
-        if self._left == 0:
-            self._name, self._left = next(self._order, ("", 0))
-        if name != self._name:
-            raise ValueError(f"{name} was written where {self._name or 'nothing'} was due")
-        data = np.ascontiguousarray(chunk).data.cast("B") if isinstance(chunk, np.ndarray) else memoryview(chunk)
-        if len(data) > self._left:
-            raise ValueError(f"{name} has {len(data) - self._left} bytes too many")
-        self._output.write(data, self._position)
-        self._content.update(data)
-        self._position += len(data)
-        self._left -= len(data)
+        self._data_begin = round_up(8 + draft, ALIGNMENT)
+        super().__init__(path, self._sizes, self._data_begin)
 
     def write_padded(self, name: str, data: Bytes | bytes) -> None:
         """Writes a whole tensor and the zeros that fill it up."""
@@ -327,8 +292,7 @@ class CnlWriter:
 
     def finish(self, updates: Mapping[str, Any]) -> str:
         """Adds metadata, writes the header, syncs and renames. Returns the content hash."""
-        if self._position != self.size:
-            raise ValueError(f"the file ends at byte {self._position} instead of {self.size}: a tensor is missing")
+        self._check_complete()
         content = self._content.hexdigest()
         self._metadata.update(updates)
         self._metadata["fingerprint"] = {**self._metadata["fingerprint"], "content_sha256": content}
@@ -341,6 +305,10 @@ class CnlWriter:
         self._output.write(room.to_bytes(8, "little") + header, 0)
         self._output.commit()
         return content
+
+    def _append(self, data: memoryview) -> None:
+        super()._append(data)
+        self._content.update(data)
 
     def _header(self, digest: str) -> bytes:
         values = {key: self._metadata.get(key, {}) for key in JSON_KEYS} | {"tensors": self._table}

@@ -7,8 +7,12 @@ import importlib.metadata
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from gguf_files import Maker
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -60,6 +64,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes)
 def tiny_cnl(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """`tiny_llama` converted with the defaults. Read-only: tests that change it copy it."""
     return models.convert(tiny_llama, tmp_path_factory.mktemp("tiny_cnl") / "tiny.cnl")
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Maker:
+    """make(scheme, template, ...) -> a small .cnl that all tests share. Read-only."""
+    from gguf_files import Maker
+
+    return Maker(tmp_path_factory.mktemp("gguf"), tokenizer_model)
 
 
 @pytest.fixture

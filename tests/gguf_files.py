@@ -11,6 +11,15 @@ import models
 import numpy as np
 from cnllama.convert.pack import convert
 
+TURNS = [
+    {"role": "system", "content": "你是诗人。"},
+    {"role": "user", "content": "写一首诗"},
+    {"role": "assistant", "content": "春眠不觉晓"},
+    {"role": "user", "content": " 再来一句"},
+    {"role": "assistant", "content": "处处闻啼鸟\n"},
+    {"role": "user", "content": "好"},
+]
+
 
 class Maker:
     """make(scheme, template, {added token: id}, **config) -> a small .cnl; the same call again gives the same file."""

@@ -20,20 +20,7 @@ from models import command, make_llama
 
 from cnllama.container import Output
 from cnllama.errors import InputError
-from cnllama.format import open_cnl
-
-
-@pytest.fixture
-def base(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A copy of the small checkpoint, free to be changed."""
-    return Path(shutil.copytree(tiny_llama, tmp_path / "base"))
-
-
-@pytest.fixture(scope="module")
-def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("packed") / "tiny.cnl"
-    convert(tiny_llama, [], path)
-    return path
+from cnllama.format import CnlWriter, open_cnl
 
 
 def large_checkpoint(directory: Path, tokenizer_model: bytes) -> Path:
@@ -71,7 +58,7 @@ def test_interrupt_removes_the_temporary_file(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cnllama.convert.pack._quantize", interrupt)
+    monkeypatch.setattr(CnlWriter, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(tiny_llama, [], tmp_path / "x.cnl")
     assert list(tmp_path.iterdir()) == []
@@ -107,7 +94,7 @@ def ordinary_user() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def test_directories_without_permission(packed: Path, base: Path, ordinary_user: Path) -> None:
+def test_directories_without_permission(ordinary_user: Path) -> None:
     closed = ordinary_user / "closed"
     closed.mkdir(mode=0o500)
     with pytest.raises(InputError, match=r"closed.*: no permission"):

@@ -15,7 +15,7 @@ from cnllama.convert.gguf.export import export
 from cnllama.convert.pack import convert
 from cnllama.convert.parity_corpus import TEXTS
 from cnllama.convert.tokenizers import TokenizerFiles
-from gguf_files import Maker
+from gguf_files import TURNS, Maker
 
 from cnllama import LLM
 from cnllama.format import open_cnl
@@ -23,20 +23,6 @@ from cnllama.templates import TEMPLATES, encode_chat
 from cnllama.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install '.[bench]')")
-
-TURNS = [
-    {"role": "system", "content": "你是诗人。"},
-    {"role": "user", "content": "写一首诗"},
-    {"role": "assistant", "content": "春眠不觉晓"},
-    {"role": "user", "content": " 再来一句"},
-    {"role": "assistant", "content": "处处闻啼鸟\n"},
-    {"role": "user", "content": "好"},
-]
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Maker:
-    return Maker(tmp_path_factory.mktemp("gguf"), tokenizer_model)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from cnllama.convert.gguf.chat_template import to_jinja
 from cnllama.convert.gguf.export import export
 from cnllama.convert.gguf.sentencepiece_model import parse
 from cnllama.convert.pack import convert
-from gguf_files import Maker, read
+from gguf_files import TURNS, Maker, read
 
 from cnllama.errors import InputError
 from cnllama.format import open_cnl
@@ -28,20 +28,8 @@ CONVERSATIONS = {
     "one turn": [{"role": "user", "content": "你好，\n 'quotes' \\n {user}"}],
     "system": [{"role": "system", "content": "用中文回答。\n"}, {"role": "user", "content": "1+1=?"}],
     "no system": [{"role": "system", "content": ""}, {"role": "user", "content": "hi"}],
-    "three turns": [
-        {"role": "system", "content": "你是诗人。"},
-        {"role": "user", "content": "写一首诗"},
-        {"role": "assistant", "content": "春眠不觉晓"},
-        {"role": "user", "content": " 再来一句"},
-        {"role": "assistant", "content": "处处闻啼鸟\n"},
-        {"role": "user", "content": "好"},
-    ],
+    "three turns": TURNS,
 }
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Maker:
-    return Maker(tmp_path_factory.mktemp("gguf"), tokenizer_model)
 
 
 def test_vocabulary(make: Maker, tmp_path: Path, tokenizer_model: bytes) -> None:

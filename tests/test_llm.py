@@ -10,23 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from generation import HOT, PROMPTS, user
 
 from cnllama import LLM, CnllamaError, InputError, SamplingParams
 from cnllama.cli.run import prefill_progress
 from cnllama.request import StopMatcher
-
-PROMPTS = ["从前", "The old man", "天空是蓝色的，因为" * 20, "1984", "好", "a" * 300, "深度学习", "🙂"]
-HOT = {"temperature": 0.9, "top_p": 0.95, "repeat_penalty": 1.1, "seed": 7}
 
 
 @pytest.fixture(scope="module")
 def llm(tiny_cnl: Path) -> Iterator[LLM]:
     with LLM(tiny_cnl, ctx=512, threads=1) as opened:
         yield opened
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
 
 
 def test_greedy_is_the_argmax_of_logits(llm: LLM) -> None:

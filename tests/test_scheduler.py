@@ -1,31 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs together and what the caches keep: batches, conversations, streams side by side, interruptions."""
 
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import models
 import numpy as np
 import pytest
+from generation import HOT, PROMPTS, user
 
 from cnllama import LLM, SamplingParams
 from cnllama._core import Engine
 from cnllama.scheduler import SlotPool
-
-PROMPTS = ["从前", "The old man", "天空是蓝色的，因为" * 20, "1984", "好", "a" * 300, "深度学习", "🙂"]
-HOT = {"temperature": 0.9, "top_p": 0.95, "repeat_penalty": 1.1, "seed": 7}
 
 
 @pytest.fixture
 def fresh(tiny_cnl: Path) -> Iterator[LLM]:
     with LLM(tiny_cnl, ctx=512, threads=1) as opened:
         yield opened
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
 
 
 def test_a_batch_gives_the_tokens_of_each_alone(tiny_cnl: Path) -> None:
@@ -150,16 +144,8 @@ def test_streams_of_one_model_can_alternate(tiny_cnl: Path) -> None:
 def test_threads_share_one_model(tiny_cnl: Path) -> None:
     with LLM(tiny_cnl, ctx=512, threads=1, max_sequences=2) as llm:
         expected = [a.text for a in llm.generate(PROMPTS, max_tokens=15, **HOT)]
-        texts = [""] * len(PROMPTS)
-
-        def answer(i: int) -> None:
-            texts[i] = "".join(llm.stream(PROMPTS[i], max_tokens=15, **HOT))
-
-        workers = [threading.Thread(target=answer, args=(i,)) for i in range(len(PROMPTS))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            texts = list(pool.map(lambda prompt: "".join(llm.stream(prompt, max_tokens=15, **HOT)), PROMPTS))
     assert texts == expected
 
 

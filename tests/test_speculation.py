@@ -2,8 +2,8 @@
 """Speculation changes nothing: answers, log probabilities and caches with and without it are the same."""
 
 import random
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -315,17 +315,11 @@ def test_threads_share_a_guessing_model(tiny_cnl: Path, plain: LLM, oracle: Answ
     foresee(oracle, plain, PROMPTS, **HOT)
     params = SamplingParams(max_tokens=25, ignore_eos=True, **HOT)
     expected = [a.text for a in plain.generate(PROMPTS, params)]
-    texts = [""] * len(PROMPTS)
-    with LLM(tiny_cnl, ctx=512, threads=1, max_sequences=2, speculate="lookup") as llm:
-
-        def answer(i: int) -> None:
-            texts[i] = "".join(llm.stream(PROMPTS[i], params))
-
-        workers = [threading.Thread(target=answer, args=(i,)) for i in range(len(PROMPTS))]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+    with (
+        LLM(tiny_cnl, ctx=512, threads=1, max_sequences=2, speculate="lookup") as llm,
+        ThreadPoolExecutor(len(PROMPTS)) as pool,
+    ):
+        texts = list(pool.map(lambda prompt: "".join(llm.stream(prompt, params)), PROMPTS))
     assert texts == expected
 
 

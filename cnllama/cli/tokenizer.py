@@ -72,18 +72,22 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help=tr("text, .jsonl or .json", "文本、.jsonl 或 .json")
-    )
+def _add_output_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="OUT",
-        help=tr("a file NAME.model, or a tokenizer directory", "文件 NAME.model，或分词器目录"),
+        help=tr("a tokenizer directory, or a file NAME.model", "分词器目录，或文件 NAME.model"),
     )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help=tr("text, .jsonl or .json", "文本、.jsonl 或 .json")
+    )
+    _add_output_option(parser)
     parser.add_argument(
         "--vocab-size", "--vocab_size", type=int, required=True, metavar="N", help=tr("pieces", "词表大小")
     )
@@ -127,14 +131,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     what = tr("a .model file or a tokenizer directory", ".model 文件或分词器目录")
     parser.add_argument("base", type=Path, metavar="BASE", help=what)
     parser.add_argument("new", type=Path, metavar="NEW", help=what)
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help=tr("a tokenizer directory, or a file NAME.model", "分词器目录，或文件 NAME.model"),
-    )
+    _add_output_option(parser)
     parser.add_argument(
         "--pad", action="store_true", help=tr("one more piece [PAD], as Alpaca has", "再加一个 [PAD]，如 Alpaca")
     )

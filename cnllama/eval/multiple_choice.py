@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnllama.errors import InputError
-from cnllama.eval.answers import Answer, choose, generate, letter_tokens
+from cnllama.eval.answers import Answer, LetterTokens, choose, generate, letter_tokens
 from cnllama.eval.benchmarks import Benchmark
 from cnllama.eval.models import EngineScorer
 from cnllama.eval.prompts import Prompt, Prompter, choose_preset
@@ -94,23 +94,7 @@ def evaluate(
         say(note)
 
     started = time.monotonic()
-    needed = max(len(prompt.ids) for prompt in prompts) + _answer_room(settings)
-    # Questions behind the same examples run one after the other; others together take the memory of one long one.
-    lanes = 1 if settings.shots else max(1, min(_LANES, DEFAULT_CONTEXT // needed))
-    lanes = settings.sequences if settings.params else lanes
-    with (
-        open_llm(file.path, needed, lanes) as llm,
-        bar(benchmark.name, _size(prompts)) as progress,
-    ):
-        if settings.params is not None:
-            answers = _in_order(generate(llm, prompts, settings.params, progress), prompts)
-        if letters is not None:
-            with EngineScorer(llm, lanes) as model:
-                found = choose(
-                    model, prompts, letters, penalty=settings.penalty, tokenizer=tokenizer, progress=progress
-                )
-                answers = _in_order(found, prompts)
-        described = describe_model(llm)
+    answers, described = _ask(file.path, benchmark.name, prompts, letters, settings, open_llm=open_llm, bar=bar)
     result = {
         "model": described,
         "benchmark": benchmark.name,
@@ -130,6 +114,34 @@ def evaluate(
             theirs = _in_order(choose(scorer, prompts, letters, penalty=settings.penalty, progress=progress), prompts)
         result["reference"] = facts | compare_choices(answers, theirs)
     return Run(result, answers)
+
+
+def _ask(
+    path: Path,
+    name: str,
+    prompts: Sequence[Prompt],
+    letters: LetterTokens | None,
+    settings: Settings,
+    *,
+    open_llm: Opener,
+    bar: Bar,
+) -> tuple[list[Answer], dict[str, Any]]:
+    """Our answers in the order of the prompts, and what describes the model; name: of the bar."""
+    needed = max(len(prompt.ids) for prompt in prompts) + _answer_room(settings)
+    # Questions behind the same examples run one after the other; others together take the memory of one long one.
+    lanes = 1 if settings.shots else max(1, min(_LANES, DEFAULT_CONTEXT // needed))
+    lanes = settings.sequences if settings.params else lanes
+    with open_llm(path, needed, lanes) as llm, bar(name, _size(prompts)) as progress:
+        if letters is None:
+            assert settings.params is not None
+            answers = _in_order(generate(llm, prompts, settings.params, progress), prompts)
+        else:
+            with EngineScorer(llm, lanes) as model:
+                found = choose(
+                    model, prompts, letters, penalty=settings.penalty, tokenizer=llm.tokenizer, progress=progress
+                )
+                answers = _in_order(found, prompts)
+        return answers, describe_model(llm)
 
 
 def _answer_room(settings: Settings) -> int:

@@ -9,12 +9,10 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
-from cnllama.container import Bytes, Output, check_space
+from cnllama.container import TensorWriter, round_up
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 _ARRAY = 9
@@ -27,6 +25,8 @@ class GgmlType(IntEnum):
     F16 = 1
     Q4_0 = 2
     Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
     Q8_0 = 8
 
     @property
@@ -45,6 +45,8 @@ _BLOCKS = {
     GgmlType.F16: (1, 2),
     GgmlType.Q4_0: (32, 18),
     GgmlType.Q4_1: (32, 20),
+    GgmlType.Q5_0: (32, 22),
+    GgmlType.Q5_1: (32, 24),
     GgmlType.Q8_0: (32, 34),
 }
 
@@ -118,61 +120,23 @@ class TensorInfo:
         return math.prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
 
 
-class GgufWriter:
-    """Streams a GGUF file to a temporary name and renames it when it is complete.
-
-    Tensors are written in the table's order, each in pieces of any size. An exception leaves no file. Raises
-    CnllamaError for a full disk and InputError for a place that cannot be written.
-    """
+class GgufWriter(TensorWriter):
+    """Streams a GGUF file to a temporary name and renames it when it is complete; see TensorWriter."""
 
     def __init__(
         self, path: str | os.PathLike[str], metadata: Mapping[str, Value], tensors: Sequence[TensorInfo]
     ) -> None:
-        self.path = Path(path)
         header = _header(metadata, tensors)
-        self.size = len(header) + sum(_aligned(tensor.bytes) for tensor in tensors)
-        check_space(self.path, self.size)
-        self._order = iter(tensors)
-        self._name, self._left, self._pad = "", 0, 0
-        self._position = len(header)
-        self._output = Output(self.path)
+        super().__init__(path, {tensor.name: tensor.bytes for tensor in tensors}, len(header), ALIGNMENT)
         try:
             self._output.write(header, 0)
         except BaseException:
             self._output.discard()
             raise
 
-    def __enter__(self) -> GgufWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._output.__exit__(kind, error, traceback)
-
-    def write(self, name: str, chunk: Bytes | bytes) -> None:
-        """Appends bytes to tensor `name`. Raises ValueError for a wrong order or too many bytes."""
-        if self._left == 0:
-            tensor = next(self._order, None)
-            self._name = tensor.name if tensor else ""
-            self._left = tensor.bytes if tensor else 0
-            self._pad = _aligned(self._left) - self._left
-        if name != self._name:
-            raise ValueError(f"{name} was written where {self._name or 'nothing'} was due")
-        data = np.ascontiguousarray(chunk).data.cast("B") if isinstance(chunk, np.ndarray) else memoryview(chunk)
-        if len(data) > self._left:
-            raise ValueError(f"{name} has {len(data) - self._left} bytes too many")
-        self._output.write(data, self._position)
-        self._position += len(data)
-        self._left -= len(data)
-        if self._left == 0:
-            self._output.write(bytes(self._pad), self._position)
-            self._position += self._pad
-
     def finish(self) -> None:
         """Syncs and renames."""
-        if self._position != self.size:
-            raise ValueError(f"the file ends at byte {self._position} instead of {self.size}: a tensor is missing")
+        self._check_complete()
         self._output.commit()
 
 
@@ -185,10 +149,6 @@ def _header(metadata: Mapping[str, Value], tensors: Sequence[TensorInfo]) -> byt
         extents = tensor.shape[::-1]
         parts += [_string(tensor.name), struct.pack(f"<I{len(extents)}Q", len(extents), *extents)]
         parts.append(struct.pack("<IQ", tensor.type, offset))
-        offset += _aligned(tensor.bytes)
+        offset += round_up(tensor.bytes, ALIGNMENT)
     header = b"".join(parts)
-    return header + bytes(_aligned(len(header)) - len(header))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return header + bytes(round_up(len(header), ALIGNMENT) - len(header))

@@ -200,3 +200,37 @@ inline __attribute__((always_inline)) void sdot_tokens(const std::uint8_t* w, co
 /// Of `left` tokens, how many are taken at a time: all up to 6, then about half of them, an even number.
 constexpr int tokens_now(int left) { return left <= 6 ? left : (left / 2 + 1) / 2 * 2; }
 static_assert(tokens_now(7) == 4 && tokens_now(9) == 4 && tokens_now(10) == 6 && tokens_now(12) == 6);
+
+/// As sdot_tokens, for 1 .. 12 tokens; dot_neon*.hpp define it.
+template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+inline __attribute__((always_inline)) void dot_tokens(const std::uint8_t* w, const std::int8_t* a,
+                                                      const std::int32_t* sums, i32x16* acc);
+
+template <int kBits, int kBlocks, bool kAsym, int N, int M, bool kPrefetch>
+inline __attribute__((always_inline)) void dot_group(const std::uint8_t* const (&w)[N], const std::int8_t* a,
+                                                     const std::int32_t* sums, i32x16 (&acc)[N][M]) {
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) dot_tokens<kBits, kBlocks, kAsym, M, M, kPrefetch>(w[n], a, sums, acc[n]);
+}
+
+/// Runs `step`, (sums, values) -> sums by one instruction of kProducts products, in chains enough to hide its latency.
+/// Returns the products.
+template <int kProducts, typename Step>
+inline std::int64_t int8_chains(std::int64_t iterations, Step step) {
+    constexpr int kChains = 16;
+    int32x4_t sum[kChains];
+    int8x16_t x = vdupq_n_s8(1);
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) {
+        sum[i] = vdupq_n_s32(0);
+        asm("" : "+w"(sum[i]));  // else the chains are one to the compiler
+    }
+    for (std::int64_t k = 0; k < iterations; ++k) {
+        asm volatile("" : "+w"(x));
+#pragma GCC unroll 16
+        for (int i = 0; i < kChains; ++i) sum[i] = step(sum[i], x);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) asm volatile("" ::"w"(sum[i]));
+    return iterations * kChains * kProducts;
+}
