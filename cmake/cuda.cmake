@@ -18,7 +18,7 @@ include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   if(CNLLAMA_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "CNLLAMA_CUDA is ON and there is no nvcc: install the CUDA toolkit (13.0 or later) and set "
+    message(FATAL_ERROR "CNLLAMA_CUDA is ON and there is no nvcc: install the CUDA toolkit (12.8 or later) and set "
       "CUDACXX to its nvcc, or set CNLLAMA_CUDA to AUTO")
   endif()
   message(STATUS "No nvcc: cnllama is built without CUDA")
@@ -32,7 +32,15 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
   message(STATUS "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.8: cnllama is built without CUDA")
   return()
 endif()
-find_package(CUDAToolkit REQUIRED)
+find_package(CUDAToolkit QUIET)
+if(NOT TARGET CUDA::cudart_static)
+  if(CNLLAMA_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "CNLLAMA_CUDA is ON and the CUDA toolkit of ${CMAKE_CUDA_COMPILER} has no static run time "
+      "(libcudart_static.a): install it, or set CNLLAMA_CUDA to AUTO")
+  endif()
+  message(STATUS "The CUDA toolkit has no static run time: cnllama is built without CUDA")
+  return()
+endif()
 
 file(GLOB CNLLAMA_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
 pybind11_add_module(_cuda NO_EXTRAS ${CNLLAMA_CUDA_SOURCES} csrc/model.cpp csrc/rope.cpp csrc/kv_cache.cpp

@@ -10,6 +10,8 @@ ByteArray = npt.NDArray[np.uint8]
 
 PAGE_SIZE: int
 """Positions in one page of the key/value cache (64)."""
+SCHEMES: tuple[str, ...]
+"""The weight schemes that have kernels; a model with others is refused."""
 
 def device() -> dict[str, Any]:
     """{"problem", "name", "compute_capability", "processors", "driver", "runtime", "free_bytes", "total_bytes"}.
@@ -35,8 +37,9 @@ class Engine:
         max_step_tokens: int = 2048,
         kv_type: str = "fp16",
     ) -> None:
-        """As _core.Engine; threads is accepted and means nothing. Raises RuntimeError naming the context that would fit
-        when the GPU's memory is too small, and when there is no usable GPU.
+        """As _core.Engine; threads is accepted and means nothing. Raises ValueError naming a tensor whose scheme has no
+        kernels, and RuntimeError naming the context that would fit when the GPU's memory is too small, and when there
+        is no usable GPU.
         """
 
     vocab_size: int
@@ -44,6 +47,8 @@ class Engine:
     threads: int
     kv_type: str
     max_step_tokens: int
+    max_top: int
+    """The largest k of step_top."""
     device: str
     """The name of the GPU."""
 
@@ -53,6 +58,12 @@ class Engine:
     def trim(self, sequence: int, length: int) -> None: ...
     def step(self, batch: Sequence[tuple[int, IntArray, bool]]) -> FloatArray:
         """As _core.Engine.step. A CUDA error is a RuntimeError with its name; the cache is unchanged then."""
+
+    def step_top(self, batch: Sequence[tuple[int, IntArray, bool]], k: int) -> tuple[IntArray, FloatArray]:
+        """The step of `step` of which only the largest logits leave the device: (ids, logits), int32 and float32
+        [rows, k], largest first, the lowest id among equals. What is not a number or infinite comes before all others.
+        Raises as step does, and ValueError for a k over max_top.
+        """
 
     def generate(self, sequences: Sequence[int], first: IntArray, count: int) -> IntArray:
         """Greedy int32 [count, sequences]: appends first[i] to sequences[i], then what was chosen; `count` steps.

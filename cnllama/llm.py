@@ -154,7 +154,9 @@ class LLM:
         except RuntimeError as error:
             raise CnllamaError(f"{self.path}: {error}") from error
         self.threads: int = self.engine.threads
-        self._scheduler: Scheduler | None = Scheduler(self.engine, self._make_pool(max_sequences))
+        self._scheduler: Scheduler | None = Scheduler(
+            self.engine, self._make_pool(max_sequences), self.engine if self.device == "cuda" else None
+        )
         self._ends = self._end_tokens()
         self._silent = [i for i in range(self.tokenizer.pieces, self.vocab_size) if not self.tokenizer.has(i)]
         self.defaults: SamplingParams = self._default_params()

@@ -15,7 +15,7 @@ from cnllama.sampling import SamplingParams
 from cnllama.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from cnllama._core import FloatArray
+    from cnllama._core import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,21 @@ class TokenLogprob:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest logits of some rows: ids, int32 [rows, k] and ascending, and their logits, float32 [rows, k]."""
+
+    ids: IntArray
+    logits: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice | int) -> Largest:
+        """Some of the rows, or one without its axis."""
+        return Largest(self.ids[rows], self.logits[rows])
 
 
 @dataclass(frozen=True)
@@ -187,11 +202,16 @@ class Request:
             return Draft([], [])
         return self._lookup.draft(min(left, MAX_DRAFT))
 
-    def advance(self, logits: FloatArray, draft: Sequence[int] = ()) -> int:
+    def needed_logits(self) -> int:
+        """How many of the largest logits of a row decide its token; 0: all of them, or they are reported."""
+        return self._sampler.needed(len(self._banned_early)) if self.params.logprobs is None else 0
+
+    def advance(self, logits: FloatArray | Largest, draft: Sequence[int] = ()) -> int:
         """Chooses a token and, as long as the choice is what `draft` guessed, the next one.
 
-        logits: float32 [1 + len(draft), vocab_size], after the last pending token and after each of the draft. Returns
-        how many tokens of the draft the cache keeps: all chosen here but the last, which is pending as without a draft.
+        logits: float32 [1 + len(draft), vocab_size], or the largest `needed_logits` of each row and one more for every
+        token of the draft: after the last pending token and after each of the draft. Returns how many tokens of the
+        draft the cache keeps: all chosen here but the last, which is pending as without a draft.
         """
         self._steps += 1
         self._drafted += len(draft)
@@ -201,11 +221,14 @@ class Request:
         self._accepted += kept
         return kept
 
-    def _choose(self, logits: FloatArray) -> bool:
+    def _choose(self, logits: FloatArray | Largest) -> bool:
         """Chooses the next token. Returns whether another one may follow."""
         early = len(self.output) < self.params.min_tokens
         banned = self._banned_early if early else self._banned
-        token, logprob, top = self._sampler.sample(logits, banned, self.params.logprobs or 0)
+        if isinstance(logits, Largest):
+            token, logprob, top = self._sampler.sample(logits.logits, banned, ids=logits.ids)
+        else:
+            token, logprob, top = self._sampler.sample(logits, banned, self.params.logprobs or 0)
         self._end = time.perf_counter()
         self._chosen += 1
         if self._chosen == 1:

@@ -9,15 +9,28 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from cnllama.lookup import StepCosts, worth_running
-from cnllama.request import Request
+from cnllama.request import Largest, Request
 
 if TYPE_CHECKING:
-    from cnllama._core import Engine, FloatArray
+    from cnllama._core import Engine, FloatArray, IntArray
+
+Entry = tuple[int, "IntArray", bool]
+
+
+class TopEngine(Protocol):
+    """An engine that can keep most logits of a step to itself; `_cuda.Engine` is one."""
+
+    @property
+    def max_top(self) -> int:
+        """The largest k."""
+
+    def step_top(self, batch: Sequence[Entry], k: int) -> tuple[IntArray, FloatArray]:
+        """A step that brings (ids, logits) [rows, k], the largest of each row, in any order."""
 
 
 @dataclass(eq=False)
@@ -96,10 +109,14 @@ class Part:
 
 
 class Scheduler:
-    """Runs requests, several in one step. Every method may be called from any thread."""
+    """Runs requests, several in one step. Every method may be called from any thread.
 
-    def __init__(self, engine: Engine, pool: SlotPool) -> None:
+    top: the engine again, if it can bring the largest logits alone: it is asked for them where they decide.
+    """
+
+    def __init__(self, engine: Engine, pool: SlotPool, top: TopEngine | None = None) -> None:
         self._engine = engine
+        self._top = top
         self._pool = pool
         self._waiting: deque[tuple[Request, int]] = deque()
         self._running: dict[Request, Slot] = {}
@@ -180,20 +197,34 @@ class Scheduler:
         for part, draft, length in zip(batch, drafts, lengths, strict=True):
             part.draft = draft.tokens[:length]
 
-    def _run(self, batch: list[Part]) -> FloatArray:
-        """float32 [rows, vocab_size]: for every part one row after its `ids` and one after each token of its draft."""
+    def _run(self, batch: list[Part]) -> FloatArray | Largest:
+        """Logits: for every part one row after its `ids` and one after each token of its draft."""
         entries = [
             (part.slot.sequence, np.asarray(part.ids + part.draft, np.int32), bool(part.draft)) for part in batch
         ]
         begin = time.perf_counter()
-        logits = self._engine.step(entries)
+        logits: FloatArray | Largest | None = self._largest(batch, entries)
+        if logits is None:
+            logits = self._engine.step(entries)
         seconds = time.perf_counter() - begin
         if all(len(part.ids) == 1 for part in batch):
             drafted = sum(len(part.draft) for part in batch)
             self._costs.note(len(batch) + drafted, drafted, seconds)
         return logits
 
-    def _advance(self, batch: list[Part], logits: FloatArray) -> None:
+    def _largest(self, batch: list[Part], entries: list[Entry]) -> Largest | None:
+        """Runs the step where the largest logits of it are enough for every request that chooses a token."""
+        if self._top is None:
+            return None
+        needed = [part.request.needed_logits() for part in batch if len(part.ids) == len(part.request.pending)]
+        k = max(needed, default=1) + max(len(part.draft) for part in batch)
+        if 0 in needed or k > self._top.max_top:
+            return None
+        ids, logits = self._top.step_top(entries, k)
+        order = np.argsort(ids, axis=1)
+        return Largest(np.take_along_axis(ids, order, axis=1), np.take_along_axis(logits, order, axis=1))
+
+    def _advance(self, batch: list[Part], logits: FloatArray | Largest) -> None:
         row = 0
         for part in batch:
             request, slot = part.request, part.slot

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -14,15 +15,20 @@ using cnl::Sampler;
 namespace {
 
 using Logits = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using Ids = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
 
-py::tuple sample(Sampler& sampler, const Logits& logits, const std::vector<std::int32_t>& banned, std::int64_t top) {
+py::tuple sample(Sampler& sampler, const Logits& logits, const std::vector<std::int32_t>& banned, std::int64_t top,
+                 const std::optional<Ids>& ids) {
     if (logits.ndim() != 1)
         throw py::value_error("the logits have " + std::to_string(logits.ndim()) + " axes, expected 1");
+    if (ids && ids->ndim() != 1) throw py::value_error("ids must have one axis");
     const std::span<const float> values(logits.data(), static_cast<std::size_t>(logits.size()));
+    const auto known =
+        ids ? std::span(ids->data(), static_cast<std::size_t>(ids->size())) : std::span<const std::int32_t>();
     Sampler::Choice choice;
     {
         py::gil_scoped_release release;
-        choice = sampler.sample(values, banned, top);
+        choice = sampler.sample(values, banned, top, known);
     }
     return py::make_tuple(choice.token, choice.logprob, choice.top);
 }
@@ -42,5 +48,6 @@ void bind_sampler(py::module_& module) {
             "accept", [](Sampler& sampler, const std::vector<std::int32_t>& tokens) { sampler.accept(tokens); },
             py::arg("tokens"))
         .def("sample", &sample, py::arg("logits"), py::arg("banned") = std::vector<std::int32_t>(),
-             py::arg("logprobs") = 0);
+             py::arg("logprobs") = 0, py::arg("ids") = py::none())
+        .def("needed", &Sampler::needed, py::arg("banned"));
 }

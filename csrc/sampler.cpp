@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -57,7 +58,7 @@ float max_of(std::span<const float> x) {
 }
 
 /// Throws for NaN and +inf, which no comparison below would notice.
-void check(std::span<const float> logits) {
+void check(std::span<const float> logits, std::span<const std::int32_t> ids) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     if (logits.empty()) throw std::invalid_argument("the logits are empty");
     int bad = 0;
@@ -65,7 +66,7 @@ void check(std::span<const float> logits) {
     if (!bad) return;
     for (std::size_t i = 0; i < logits.size(); ++i)
         if (!(logits[i] < kInfinity))
-            throw std::invalid_argument("the logit of token " + std::to_string(i) +
+            throw std::invalid_argument("the logit of token " + std::to_string(ids.empty() ? i : std::size_t(ids[i])) +
                                         (std::isnan(logits[i]) ? " is not a number" : " is infinite"));
 }
 
@@ -117,6 +118,23 @@ void Sampler::accept(std::span<const std::int32_t> tokens) {
         history_.erase(history_.begin(), history_.end() - static_cast<std::ptrdiff_t>(keep));
 }
 
+std::int64_t Sampler::needed(std::int64_t banned) const {
+    const auto& o = options_;
+    const std::int64_t kept = o.temperature == 0 ? 1 : o.top_k;
+    if (kept == 0 || kept > kSortedTop || o.repeat_penalty < 1.0) return 0;
+    const std::int64_t penalized = o.repeat_penalty == 1.0 ? 0
+                                   : o.repeat_last_n < 0
+                                       ? static_cast<std::int64_t>(history_.size())
+                                       : std::min(o.repeat_last_n, static_cast<std::int64_t>(history_.size()));
+    return kept + penalized + banned + 1;
+}
+
+std::size_t Sampler::place(std::int32_t id) const {
+    if (ids_.empty()) return std::min(static_cast<std::size_t>(id), scores_.size());
+    const auto found = std::lower_bound(ids_.begin(), ids_.end(), id);
+    return found != ids_.end() && *found == id ? static_cast<std::size_t>(found - ids_.begin()) : scores_.size();
+}
+
 void Sampler::penalize() {
     if (options_.repeat_penalty == 1.0) return;
     const auto last = options_.repeat_last_n < 0
@@ -127,8 +145,9 @@ void Sampler::penalize() {
     recent_.erase(std::unique(recent_.begin(), recent_.end()), recent_.end());
     const auto penalty = static_cast<float>(options_.repeat_penalty);
     for (const auto id : recent_) {
-        if (static_cast<std::size_t>(id) >= scores_.size()) break;
-        float& score = scores_[static_cast<std::size_t>(id)];
+        const std::size_t at = place(id);
+        if (at == scores_.size()) continue;
+        float& score = scores_[at];
         score = score > 0 ? score / penalty : score * penalty;
     }
 }
@@ -138,7 +157,7 @@ std::size_t Sampler::keep_top_k() {
     const auto k = static_cast<std::size_t>(options_.top_k);
     if (k == 0 || k >= candidates_.size()) return candidates_.size();
     const auto first = candidates_.begin(), kth = first + static_cast<std::ptrdiff_t>(k);
-    if (k <= 256)
+    if (options_.top_k <= kSortedTop)
         std::partial_sort(first, kth, candidates_.end(), before);  // a heap of k: one cheap comparison each
     else
         std::nth_element(first, kth - 1, candidates_.end(), before);
@@ -227,18 +246,24 @@ std::int32_t Sampler::draw(float max) {
     return token;
 }
 
-Sampler::Choice Sampler::sample(std::span<const float> logits, std::span<const std::int32_t> banned, std::int64_t top) {
-    check(logits);
-    const auto size = static_cast<std::int64_t>(logits.size());
-    require(top >= 0 && top <= size, "logprobs", "a count from 0 to the size of the vocabulary",
+Sampler::Choice Sampler::sample(std::span<const float> logits, std::span<const std::int32_t> banned, std::int64_t top,
+                                std::span<const std::int32_t> ids) {
+    if (!ids.empty() && (ids.size() != logits.size() || ids[0] < 0 ||
+                         std::adjacent_find(ids.begin(), ids.end(), std::greater_equal()) != ids.end()))
+        throw std::invalid_argument("ids must be ascending, one for every logit");
+    check(logits, ids);
+    ids_ = ids;
+    const std::int64_t size = ids.empty() ? static_cast<std::int64_t>(logits.size()) : std::int64_t(ids.back()) + 1;
+    require(top >= 0 && top <= (ids.empty() ? size : 0), "logprobs",
+            ids.empty() ? "a count from 0 to the size of the vocabulary" : "0 where some logits are missing",
             static_cast<double>(top));
     scores_.assign(logits.begin(), logits.end());
     penalize();
     for (const auto id : banned) {
-        if (id < 0 || id >= size)
+        if (id < 0 || (id >= size && ids.empty()))
             throw std::invalid_argument("banned token " + std::to_string(id) + " is outside the vocabulary of " +
                                         std::to_string(size));
-        scores_[static_cast<std::size_t>(id)] = kNever;
+        if (const std::size_t at = place(id); at < scores_.size()) scores_[at] = kNever;
     }
     const float best = max_of(scores_);
     if (best == kNever) throw std::invalid_argument("no token is left: every one is banned or impossible");
@@ -261,6 +286,7 @@ Sampler::Choice Sampler::sample(std::span<const float> logits, std::span<const s
         for (auto c = candidates_.begin(); c != end; ++c)
             choice.top.emplace_back(c->id, static_cast<double>(c->score) - log_sum);
     }
+    if (!ids.empty()) choice.token = ids[static_cast<std::size_t>(choice.token)];
     accept({&choice.token, 1});
     return choice;
 }

@@ -56,7 +56,16 @@ class Sampler {
     /// Chooses a token and adds it to the history. logits float [vocab]; -inf means impossible. banned: ids in
     /// [0, vocab). top: how many of the most likely ids to list, at most vocab. Throws std::invalid_argument for NaN or
     /// +inf, for ids outside the vocabulary and when no token is left.
-    Choice sample(std::span<const float> logits, std::span<const std::int32_t> banned, std::int64_t top);
+    ///
+    /// With ids, ascending, logits[i] is that of token ids[i], all others are impossible, and top is 0. The token is
+    /// the same as from all logits when these are the largest ones, as many as needed() says.
+    Choice sample(std::span<const float> logits, std::span<const std::int32_t> banned, std::int64_t top,
+                  std::span<const std::int32_t> ids = {});
+
+    /// How many of the largest logits decide the token, whatever the rest is: those that top-k keeps, those that the
+    /// penalty and `banned` ids can push out of them, and one more. 0: all of them, where nothing limits the
+    /// candidates.
+    std::int64_t needed(std::int64_t banned) const;
 
  private:
     struct Candidate {
@@ -67,6 +76,8 @@ class Sampler {
     static bool before(const Candidate& a, const Candidate& b) {
         return a.score != b.score ? a.score > b.score : a.id < b.id;
     }
+    static constexpr std::int64_t kSortedTop = 256;  // up to here top-k leaves its candidates in order
+    std::size_t place(std::int32_t id) const;        // of an id in scores_, its size if it is not among them
     void penalize();
     std::size_t keep_top_k();
     std::size_t keep_top_p(std::size_t count, float max);
@@ -76,6 +87,7 @@ class Sampler {
     SamplerOptions options_;
     Random random_;
     std::vector<std::int32_t> history_;
+    std::span<const std::int32_t> ids_;  // of scores_, while sample() runs; empty: their numbers
     std::vector<float> scores_;          // the logits after steps 1 and 2
     std::vector<Candidate> candidates_;  // of step 4 on
     std::vector<double> weights_;

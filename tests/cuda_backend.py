@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import atexit
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda"))
@@ -37,11 +40,33 @@ def load() -> ModuleType:
         pytest.skip("no GPU, and no g++ to build the host emulation with")
     import build
 
-    folder = os.environ.get("CNLLAMA_EMULATION") or tempfile.mkdtemp(prefix="cnllama-emulation-")
-    path = build.build(Path(folder))
-    spec = importlib.util.spec_from_file_location("_cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    kept = os.environ.get("CNLLAMA_EMULATION")
+    folder = kept or tempfile.mkdtemp(prefix="cnllama-emulation-")
+    if not kept:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return build.load(Path(folder))
+
+
+class Repeated:
+    """Functions of a module, of which every call is made three times and must give the same bits: a GPU runs its blocks
+    in an order of its own, and no result may show it.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            first = function(*arguments, **options)
+            for _ in range(2):
+                assert _bits(function(*arguments, **options)) == _bits(first), f"{name} gives other bits the next time"
+            return first
+
+        return call
+
+
+def _bits(result: Any) -> list[bytes]:
+    arrays = result if isinstance(result, tuple | list) else [result]
+    return [np.ascontiguousarray(array).tobytes() for array in arrays]

@@ -96,6 +96,123 @@ def test_a_failed_step_changes_nothing(cuda, model) -> None:
     assert engine.length(0) == 15
 
 
+def test_largest_logits_are_those_of_a_step(cuda, model) -> None:
+    got, expected = engines(cuda, model)
+    for engine in (got, expected):
+        for _ in range(2):
+            engine.open()
+    batches = [[(0, TEXT, False), (1, TEXT[:4], True)]] + [[(0, TEXT[i : i + 1], False)] for i in range(4)]
+    for batch in batches:
+        logits = expected.step(batch)
+        ids, values = got.step_top(batch, 40)
+        order = np.stack([np.lexsort((np.arange(row.size), -row))[:40] for row in logits])
+        np.testing.assert_array_equal(ids, order)
+        np.testing.assert_array_equal(values, np.take_along_axis(logits, order, axis=1))
+    assert got.replays() >= 2
+    assert got.length(0) == expected.length(0)
+    np.testing.assert_array_equal(got.step(batches[1]), expected.step(batches[1]))  # another graph, all logits
+    with pytest.raises(ValueError, match="k is 0, outside 1"):
+        got.step_top(batches[1], 0)
+
+
+def test_a_scheme_without_kernels_is_refused(cuda, model) -> None:
+    config, tensors = model
+    name = "model.layers.0.mlp.down_proj.weight"
+    data, _, rows, cols = tensors[name]
+    message = (
+        rf"{name} is stored as q3-a64, and the GPU has kernels for q4-s64, q4-a64, q4-s32 and q8-s64 only: convert the "
+        "model with one of these, or leave --device cuda out"
+    )
+    with pytest.raises(ValueError, match=message):
+        cuda.Engine(config, {**tensors, name: (data, "q3-a64", rows, cols)}, context=64)
+    assert set(cuda.SCHEMES) <= set(_core.schemes())
+
+
+# --- a device that fails
+
+emulated = pytest.mark.skipif(cuda_backend.on_a_gpu(), reason="a GPU cannot be made to fail")
+
+
+@pytest.fixture
+def fault(monkeypatch):
+    """fault("cudaMalloc", 3, 2): the third call from now on fails with error 2; fault(): none does."""
+
+    def set_fault(*words) -> None:
+        monkeypatch.setenv("CNLLAMA_EMULATOR_FAULT", " ".join(map(str, words)))
+
+    set_fault()
+    return set_fault
+
+
+@emulated
+@pytest.mark.parametrize(("call", "what"), [("cudaMalloc", "GPU memory"), ("cudaHostAlloc", "pinned host memory")])
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_memory_that_runs_out_while_loading_is_given_back(cuda, model, fault, call, what, number) -> None:
+    free = cuda.device()["free_bytes"]
+    fault(call, number, 2)
+    with pytest.raises(RuntimeError, match=rf"needs \d+\.\d\d GiB of {what}"):
+        engines(cuda, model, context=64)
+    fault()
+    assert cuda.device()["free_bytes"] == free
+    same_step(opened(engines(cuda, model, context=64)), [(0, TEXT, False)])
+
+
+def opened(pair):
+    for engine in pair:
+        engine.open()
+    return pair
+
+
+@emulated
+def test_memory_that_runs_out_in_a_step(cuda, model, fault) -> None:
+    pair = opened(engines(cuda, model))
+    long = np.resize(TEXT, 60)  # more rows of logits than there is room for at first
+    fault("cudaMalloc", 1, 2)
+    with pytest.raises(RuntimeError, match=r"the logits of a step needs .* GiB of GPU memory and .* are free"):
+        pair[0].step([(0, long, True)])
+    assert pair[0].length(0) == 0
+    same_step(pair, [(0, long, True)])
+    fault("cudaMalloc", 2, 2)
+    with pytest.raises(RuntimeError, match="the choice of tokens needs"):
+        pair[0].step_top([(0, TEXT[:1], False)], 4)
+    same_step(pair, [(0, TEXT[:1], False)])
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("cudaLaunchKernelEx", 1),
+        ("cudaLaunchKernelEx", 9),
+        ("cudaMemcpyAsync", 1),
+        ("cudaStreamBeginCapture", 1),
+        ("cudaGraphInstantiate", 1),
+        ("cudaGraphLaunch", 1),
+    ],
+)
+def test_a_step_that_fails_leaves_the_engine_as_it_was(cuda, model, fault, call, number) -> None:
+    pair = opened(engines(cuda, model))
+    same_step(pair, [(0, TEXT, False)])
+    same_step(pair, [(0, TEXT[:1], False)])
+    fault(call, number, 701)
+    with pytest.raises(RuntimeError, match=r": the GPU answers cudaErrorLaunchOutOfResources \(.*\)$"):
+        pair[0].step([(0, TEXT[1:2], False)])  # the one that is captured
+    assert pair[0].length(0) == pair[1].length(0)
+    for token in TEXT[1:4]:
+        same_step(pair, [(0, np.array([token], np.int32), False)])
+
+
+@emulated
+def test_a_lost_device_says_so_every_time(cuda, model, fault) -> None:
+    pair = opened(engines(cuda, model))
+    same_step(pair, [(0, TEXT, False)])
+    fault("cudaStreamSynchronize", 1, 700)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"cudaErrorIllegalAddress .*it is lost to this process, start it again"):
+            pair[0].step([(0, TEXT[:1], False)])
+        assert pair[0].length(0) == TEXT.size
+
+
 def test_limit_of_a_step_is_the_one_asked_for(cuda, model) -> None:
     engine, _ = engines(cuda, model, max_step_tokens=10)
     engine.open()
@@ -162,23 +279,39 @@ def test_stub_names_what_the_module_has(cuda) -> None:
     assert members - {"Engine.__init__"} == found
 
 
-def answers(path: Path | None, device: str, tokens: int) -> list[list[int]]:
+def answers(path: Path | None, device: str, tokens: int, **options: Any) -> list[Any]:
+    """(ids, their log probabilities) of two answers."""
     from cnllama import LLM
 
-    with LLM(path, device=device, max_sequences=2, ctx=256) as llm:
-        prompts = ["你好，请介绍一下你自己。", "The cat sat on the mat and"]
-        found = llm.generate(prompts, temperature=0, max_tokens=tokens, ignore_eos=True)
-    return [completion.token_ids for completion in found]
+    with LLM(path, device=device, max_sequences=2, ctx=256, speculate=options.pop("speculate", None)) as llm:
+        prompts = ["你好，请介绍一下你自己。", "The cat sat on the mat and the cat sat on"]
+        found = llm.generate(prompts, max_tokens=tokens, ignore_eos=True, **options)
+    return [(completion.token_ids, completion.logprobs) for completion in found]
 
 
-def test_greedy_answers_are_the_cpu_s(cuda, tiny_cnl, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "largest_decide"),
+    [
+        ({"temperature": 0}, True),
+        ({"temperature": 0, "speculate": "lookup", "repeat_penalty": 1.0}, True),
+        ({"temperature": 1.1, "top_k": 12, "top_p": 0.9, "min_p": 0.01, "repeat_penalty": 1.3, "seed": 3}, True),
+        ({"temperature": 1.1, "top_k": 0, "top_p": 0.9, "seed": 3}, False),
+        ({"temperature": 0, "logprobs": 2}, False),
+    ],
+)
+def test_answers_are_the_cpu_s(cuda, tiny_cnl, monkeypatch, options, largest_decide) -> None:
     monkeypatch.setitem(sys.modules, "cnllama._cuda", cuda)
     monkeypatch.setattr("cnllama._cuda", cuda, raising=False)
-    assert answers(tiny_cnl, "cuda", 6) == answers(tiny_cnl, "cpu", 6)
+
+    def refused(*_):
+        raise AssertionError("this way was not to be taken")
+
+    monkeypatch.setattr(cuda.Engine, "step" if largest_decide else "step_top", refused)
+    assert answers(tiny_cnl, "cuda", 6, **options) == answers(tiny_cnl, "cpu", 6, **options)
 
 
 @pytest.mark.skipif(not cuda_backend.on_a_gpu(), reason="no GPU, and the demonstration model is slow in the emulation")
 def test_demonstration_model_says_the_same() -> None:
     if not list((ROOT / "cnllama/demo").glob("*.cnl")):
         pytest.skip("no demonstration model in this tree")
-    assert answers(None, "cuda", 100) == answers(None, "cpu", 100)
+    assert answers(None, "cuda", 100, temperature=0) == answers(None, "cpu", 100, temperature=0)

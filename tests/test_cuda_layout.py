@@ -19,4 +19,4 @@ def test_tiles_are_the_fragments_of_every_instruction(tmp_path: Path) -> None:
     subprocess.run([compiler, *flags, ROOT / "tests/cuda/layout_test.cpp", "-o", program], check=True, timeout=540)
     result = subprocess.run([program], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout
-    assert result.stdout.splitlines()[-1] == "mma s8, mma f16, dp4a, wgmma A, places, sizes: all equal"
+    assert result.stdout.splitlines()[-1] == "mma s8, on Turing, mma f16, dp4a, wgmma A, places, sizes: all equal"

@@ -279,3 +279,55 @@ def test_parameters_take_lists_and_know_their_names() -> None:
     assert params.with_changes(temperature=0.5, stop=["a", "b"]).stop == ("a", "b")
     with pytest.raises(InputError, match=r"no sampling parameter 'temprature'.*temperature"):
         params.with_changes(temprature=1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repeat_penalty": 1.5, "repeat_last_n": 6},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 0.7, "top_k": 40, "top_p": 0.8, "min_p": 0.05, "repeat_penalty": 1.3, "repeat_last_n": -1},
+        {"temperature": 2.0, "top_k": 256, "top_p": 0.95},
+    ],
+)
+def test_the_largest_logits_give_the_token_of_all(options: dict[str, Any]) -> None:
+    """Fed with no more than it says it needs, a sampler goes the way of one that sees everything."""
+    random = np.random.default_rng(6)
+    whole, part = (Sampler(seed=9, **options) for _ in range(2))
+    for sampler in (whole, part):
+        sampler.accept([3, 5, 7, 700])
+    for step in range(60):
+        logits = np.round(random.standard_normal(900) * 3).astype(np.float32) / 2  # with many equals
+        logits[random.integers(0, 900, 30)] = -np.inf
+        order = np.lexsort((np.arange(900), -logits))
+        banned = [int(order[0]), int(order[3]), 899] if step % 2 else []
+        needed = part.needed(len(banned))
+        assert 0 < needed < 420
+        ids = np.sort(order[:needed]).astype(np.int32)
+        assert whole.sample(logits, banned)[0] == part.sample(logits[ids], banned, ids=ids)[0]
+
+
+def test_where_nothing_limits_the_candidates_all_logits_are_needed() -> None:
+    for options in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 257}, {"repeat_penalty": 0.9}):
+        assert Sampler(**options).needed(0) == 0
+    assert Sampler(temperature=1.0, top_k=40).needed(3) == 44
+    penalizing = Sampler(repeat_penalty=1.1, repeat_last_n=8)
+    penalizing.accept([1, 2, 3])
+    assert penalizing.needed(0) == 5
+    penalizing.accept(range(20))
+    assert penalizing.needed(0) == 10
+
+
+def test_wrong_ids_are_refused() -> None:
+    logits = np.zeros(3, np.float32)
+    for ids in ([1, 2], [2, 1, 3], [1, 1, 2], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="ids must be ascending, one for every logit"):
+            Sampler().sample(logits, ids=np.array(ids, np.int32))
+    ids = np.array([10, 20, 30], np.int32)
+    with pytest.raises(ValueError, match=r"logprobs is 1.*expected 0 where some logits are missing"):
+        Sampler().sample(logits, logprobs=1, ids=ids)
+    with pytest.raises(ValueError, match="the logit of token 20 is not a number"):
+        Sampler().sample(np.array([0, np.nan, 0], np.float32), ids=ids)
+    with pytest.raises(ValueError, match="no token is left"):
+        Sampler().sample(logits, banned=[10, 20, 30, 40], ids=ids)

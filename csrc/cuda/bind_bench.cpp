@@ -120,7 +120,8 @@ std::vector<double> launch_seconds(const std::string& mode, int launches, int ro
 std::vector<double> matmul_seconds(const std::string& scheme_name, std::int64_t rows, std::int64_t cols, int tokens,
                                    const std::string& epilogue, const std::string& kernel, int copies, int rounds) {
     const layout::Scheme* scheme = layout::find_scheme(scheme_name);
-    if (!scheme) throw std::invalid_argument("unknown weight scheme '" + scheme_name + "'");
+    if (!scheme || scheme_number(scheme_name) < 0)
+        throw std::invalid_argument("there are no kernels for weight scheme '" + scheme_name + "'");
     within("rows", rows, 1, 1 << 20);
     within("cols", cols, 1, 1 << 20);
     within("tokens", tokens, 1, 65536);
@@ -151,7 +152,7 @@ std::vector<double> matmul_seconds(const std::string& scheme_name, std::int64_t 
     args.count = 1;
     norm_quantize(context.queue(), x.get(), nullptr, 0.0f, tokens, args.cols, args.act);
     const auto tiles_at = [&](int index) {
-        return Tiles{static_cast<int>(scheme - layout::kSchemes.data()), static_cast<int>(rows), static_cast<int>(cols),
+        return Tiles{scheme_number(scheme_name), static_cast<int>(rows), static_cast<int>(cols),
                      weights.get() + static_cast<std::size_t>(index) * each};
     };
     return time_replays(context, rounds, [&] {

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 #include "../bind_model.hpp"
 #include "../model.hpp"
 #include "context.hpp"
+#include "memory_plan.hpp"
 #include "upload.hpp"
 
 namespace py = pybind11;
@@ -24,79 +26,18 @@ namespace {
 
 using Ids = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
 
-constexpr std::size_t kReserve = std::size_t(256) << 20;  // what the driver and fragmentation may take
-constexpr std::int64_t kRowAlign = 32;                    // captured steps are padded up to this many rows
+using Batch = std::vector<std::tuple<int, Ids, bool>>;
 
-/// Calls use(place of a Weight or of a float pointer, number of floats) for every tensor of a model.
-template <typename Matrix, typename Vector>
-void for_tensors(Weights& w, const ModelConfig& c, Matrix&& matrix, Vector&& vector) {
-    matrix(w.embed_tokens);
-    matrix(w.lm_head);
-    vector(w.norm, c.hidden_size);
-    for (LayerWeights& l : w.layers) {
-        for (Weight* m : {&l.q_proj, &l.k_proj, &l.v_proj, &l.o_proj, &l.gate_proj, &l.up_proj, &l.down_proj})
-            matrix(*m);
-        vector(l.input_layernorm, c.hidden_size);
-        vector(l.post_attention_layernorm, c.hidden_size);
-        vector(l.q_bias, c.q_size());
-        vector(l.k_bias, c.kv_size());
-        vector(l.v_bias, c.kv_size());
-        vector(l.o_bias, c.hidden_size);
-        vector(l.gate_bias, c.intermediate_size);
-        vector(l.up_bias, c.intermediate_size);
-        vector(l.down_bias, c.hidden_size);
+/// Refuses weights that no kernel reads.
+void require_kernels(const py::dict& tensors) {
+    for (const auto& [name, entry] : tensors) {
+        const auto scheme = entry.cast<py::tuple>()[1].cast<std::string>();
+        if (scheme != "f32" && scheme_number(scheme) < 0)
+            throw py::value_error(name.cast<std::string>() + " is stored as " + scheme +
+                                  ", and the GPU has kernels for " + scheme_list() +
+                                  " only: convert the model with one of these, or leave --device cuda out");
     }
 }
-
-std::size_t weight_bytes(Weights w, const ModelConfig& c) {
-    std::size_t bytes = 0;
-    const bool tied = w.lm_head.data == w.embed_tokens.data;
-    for_tensors(
-        w, c, [&](const Weight& m) { bytes += DeviceWeights::device_bytes(m); },
-        [&](const float* v, std::int64_t size) { bytes += v ? DeviceWeights::device_bytes(size) : 0; });
-    return tied ? bytes - DeviceWeights::device_bytes(w.lm_head) : bytes;
-}
-
-/// What a step works in, about: Model's buffers and the context's.
-std::size_t scratch_bytes(const ModelConfig& c, std::int64_t rows) {
-    const auto act = [](std::int64_t cols) { return cols + cols / kTileCols * kSumKinds * 4 + cols / kSpan * 4; };
-    const std::int64_t a_row = 4 * (2 * c.hidden_size + 2 * c.q_size() + 2 * c.kv_size() + c.intermediate_size) +
-                               act(c.hidden_size) + act(c.q_size()) + act(c.intermediate_size);
-    return static_cast<std::size_t>(layout::round_up(rows, kTokenAlign) * a_row + kRowAlign * c.vocab_size * 4);
-}
-
-struct MemoryPlan {
-    std::size_t weights, scratch, kv, per_token, free;
-    std::int64_t fitting_context;
-
-    MemoryPlan(const Device& device, const Weights& w, const ModelConfig& c, KvType type, std::int64_t context,
-               std::int64_t sequences, std::int64_t rows)
-        : weights(weight_bytes(w, c)), scratch(scratch_bytes(c, rows)), free(device.free_bytes) {
-        const KvLayout kv_layout{type, c.num_hidden_layers, c.num_key_value_heads, c.head_dim};
-        const auto pages = [&](std::int64_t n) { return (n + KvLayout::kPage - 1) / KvLayout::kPage * sequences; };
-        per_token = kv_layout.page_bytes() / KvLayout::kPage;
-        kv = kv_layout.page_bytes() * static_cast<std::size_t>(pages(context));
-        const std::size_t fixed = weights + scratch + kReserve;
-        const std::size_t left = free > fixed ? free - fixed : 0;
-        fitting_context =
-            static_cast<std::int64_t>(left / (kv_layout.page_bytes() * static_cast<std::size_t>(sequences))) *
-            KvLayout::kPage;
-    }
-    /// Throws std::runtime_error naming the context that would fit.
-    void refuse_unless_fits(std::int64_t context, const Device& device) const {
-        const std::size_t need = weights + scratch + kv + kReserve;
-        if (need <= free) return;
-        std::string text = "a context of " + std::to_string(context) + " needs " + gibibytes(need) +
-                           " of GPU memory and " + gibibytes(free) + " of " + gibibytes(device.total_bytes) +
-                           " are free on " + device.name + ": ";
-        if (fitting_context >= KvLayout::kPage)
-            text +=
-                "a context of " + std::to_string(fitting_context) + " fits, --ctx " + std::to_string(fitting_context);
-        else
-            text += "the weights alone take " + gibibytes(weights) + ", no context fits; use the CPU or a larger GPU";
-        throw std::runtime_error(text);
-    }
-};
 
 class Engine {
  public:
@@ -112,6 +53,7 @@ class Engine {
             throw py::value_error("kv_type is '" + kv_type + "', expected fp16 or int8");
         const KvType type = kv_type == "fp16" ? KvType::fp16 : KvType::int8;
         const ModelConfig c = bind::read_config(config);
+        require_kernels(tensors);
         bind::TensorTable table(tensors);
         Weights weights = bind::read_weights(table, c);
         for (std::size_t i = 0; i < weights.layers.size(); ++i)
@@ -119,7 +61,7 @@ class Engine {
                 throw py::value_error("layer " + std::to_string(i) +
                                       ": gate_proj and up_proj have different schemes; "
                                       "convert the model again with one for both");
-        const std::int64_t rows = layout::round_up(max_step_tokens, kRowAlign);
+        const std::int64_t rows = layout::round_up(max_step_tokens, kGraphRows);
         const MemoryPlan plan(device_, weights, c, type, context, max_sequences, rows);
         plan.refuse_unless_fits(context, device_);
         per_token_ = plan.per_token;
@@ -137,14 +79,8 @@ class Engine {
     std::int64_t length(int sequence) { return model_->cache().length(sequence); }
     void trim(int sequence, std::int64_t length) { model_->cache().trim(sequence, length); }
 
-    py::array_t<float> step(const std::vector<std::tuple<int, Ids, bool>>& batch) {
-        std::vector<StepEntry> entries;
-        for (const auto& [sequence, ids, all_logits] : batch) {
-            if (ids.ndim() != 1) throw py::value_error("token ids must be a one-dimensional array");
-            entries.push_back({sequence, {ids.data(), static_cast<std::size_t>(ids.size())}, all_logits});
-        }
-        model_->check(entries);
-        check_limit(entries);
+    py::array_t<float> step(const Batch& batch) {
+        const std::vector<StepEntry> entries = checked(batch);
         const std::int64_t rows = Model::output_rows(entries), vocab = model_->config().vocab_size;
         py::array_t<float> logits({rows, vocab});
         float* out = logits.mutable_data();
@@ -154,12 +90,38 @@ class Engine {
             guarded(entries, [&] {
                 Context& context = device_context();
                 float* on_device = context.logits(rows);
-                context.choose = context.from_device = false;
+                context.pick = {};
                 model_->step(entries, on_device);
                 fetch(out, on_device, bytes);
             });
         }
         return logits;
+    }
+
+    /// (ids, logits) [rows, k] of the k largest, chosen on the device.
+    py::tuple step_top(const Batch& batch, std::int64_t k) {
+        bind::within("k", k, 1, max_top());
+        const std::vector<StepEntry> entries = checked(batch);
+        const std::int64_t rows = Model::output_rows(entries);
+        const int width = std::max(kLeastTop, static_cast<int>(std::bit_ceil(static_cast<unsigned>(k))));
+        py::array_t<std::int32_t> ids({rows, k});
+        py::array_t<float> values({rows, k});
+        std::int32_t* to_ids = ids.mutable_data();
+        float* to_values = values.mutable_data();
+        {
+            py::gil_scoped_release release;
+            guarded(entries, [&] {
+                Context& context = device_context();
+                float* on_device = context.logits(rows);
+                context.reserve_top(rows, width);
+                context.pick = {};
+                context.pick.top = width;
+                model_->step(entries, on_device);
+                fetch_columns(to_ids, context.top_ids(), rows, k, width);
+                fetch_columns(to_values, context.top_values(), rows, k, width);
+            });
+        }
+        return py::make_tuple(ids, values);
     }
 
     /// Greedy tokens [count, sequences], each step's chosen on the device from the one before.
@@ -183,8 +145,7 @@ class Engine {
                 Context& context = device_context();
                 float* logits = context.logits(n);
                 for (std::int64_t i = 0; i < count; ++i) {
-                    context.choose = true;
-                    context.from_device = i > 0;
+                    context.pick = {.best = true, .from_device = i > 0};
                     model_->step(entries, logits);
                     check(cudaMemcpyAsync(tokens + i * n, context.chosen(), static_cast<std::size_t>(n) * 4,
                                           cudaMemcpyDeviceToHost, context.stream().get()),
@@ -213,6 +174,7 @@ class Engine {
     std::int64_t context() const { return context_length_; }
     int threads() const { return 1; }
     std::int64_t max_step_tokens() const { return max_step_tokens_; }
+    std::int64_t max_top() const { return std::min<std::int64_t>(vocab_size(), kMaxTop); }
     const std::string& kv_type() const { return kv_type_; }
     const std::string& device() const { return device_.name; }
     std::int64_t replays() { return device_context().replays(); }
@@ -227,6 +189,17 @@ class Engine {
             weights, c, [&](Weight& m) { m = weights_->upload(m); },
             [&](const float*& v, std::int64_t size) { v = weights_->upload(v, size); });
         weights_->finish();
+    }
+
+    std::vector<StepEntry> checked(const Batch& batch) const {
+        std::vector<StepEntry> entries;
+        for (const auto& [sequence, ids, all_logits] : batch) {
+            if (ids.ndim() != 1) throw py::value_error("token ids must be a one-dimensional array");
+            entries.push_back({sequence, {ids.data(), static_cast<std::size_t>(ids.size())}, all_logits});
+        }
+        model_->check(entries);
+        check_limit(entries);
+        return entries;
     }
 
     /// The model has room for more rows than were asked for.
@@ -257,19 +230,27 @@ class Engine {
         }
     }
 
-    void fetch(float* out, const float* on_device, std::size_t bytes) {
+    void fetch(void* out, const void* on_device, std::size_t bytes) {
         constexpr std::size_t kPinned = std::size_t(8) << 20;
         const Stream& stream = device_context().stream();
         if (bytes > kPinned) {
-            check(cudaMemcpyAsync(out, on_device, bytes, cudaMemcpyDeviceToHost, stream.get()), "reading the logits");
+            check(cudaMemcpyAsync(out, on_device, bytes, cudaMemcpyDeviceToHost, stream.get()), "reading the result");
             stream.wait();
             return;
         }
         if (landing_.size() < bytes) landing_ = PinnedBytes(kPinned, "the logits");
         check(cudaMemcpyAsync(landing_.get(), on_device, bytes, cudaMemcpyDeviceToHost, stream.get()),
-              "reading the logits");
+              "reading the result");
         stream.wait();
         std::memcpy(out, landing_.get(), bytes);
+    }
+
+    /// The first `k` of `width` columns.
+    template <typename T>
+    void fetch_columns(T* out, const T* on_device, std::int64_t rows, std::int64_t k, int width) {
+        std::vector<T> all(static_cast<std::size_t>(rows * width));
+        fetch(all.data(), on_device, all.size() * sizeof(T));
+        for (std::int64_t i = 0; i < rows; ++i) std::copy_n(all.data() + i * width, k, out + i * k);
     }
 
     std::int64_t context_length_, max_step_tokens_;
@@ -302,6 +283,8 @@ void bind_cuda_engine(py::module_& module) {
     using cnl::cuda::Engine;
     module.attr("PAGE_SIZE") = static_cast<int>(cnl::KvLayout::kPage);
     module.def("device", &cnl::cuda::describe);
+    module.attr("SCHEMES") =
+        py::tuple(py::cast(std::vector<std::string>(cnl::cuda::kSchemeNames.begin(), cnl::cuda::kSchemeNames.end())));
     py::class_<Engine>(module, "Engine", py::module_local())
         .def(py::init<const py::dict&, const py::dict&, int, std::int64_t, std::int64_t, std::int64_t,
                       const std::string&>(),
@@ -312,6 +295,7 @@ void bind_cuda_engine(py::module_& module) {
         .def("length", &Engine::length, py::arg("sequence"))
         .def("trim", &Engine::trim, py::arg("sequence"), py::arg("length"))
         .def("step", &Engine::step, py::arg("batch"))
+        .def("step_top", &Engine::step_top, py::arg("batch"), py::arg("k"))
         .def("generate", &Engine::generate, py::arg("sequences"), py::arg("first"), py::arg("count"))
         .def("memory", &Engine::memory)
         .def("replays", &Engine::replays)
@@ -319,6 +303,7 @@ void bind_cuda_engine(py::module_& module) {
         .def_property_readonly("context", &Engine::context)
         .def_property_readonly("threads", &Engine::threads)
         .def_property_readonly("max_step_tokens", &Engine::max_step_tokens)
+        .def_property_readonly("max_top", &Engine::max_top)
         .def_property_readonly("kv_type", &Engine::kv_type)
         .def_property_readonly("device", &Engine::device);
 }

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -35,7 +36,7 @@ struct DeviceAct {
 
 const layout::Scheme& scheme_of(const std::string& name) {
     const layout::Scheme* scheme = layout::find_scheme(name);
-    require(scheme != nullptr, "unknown weight scheme '" + name + "'");
+    require(scheme && scheme_number(name) >= 0, "there are no kernels for weight scheme '" + name + "'");
     return *scheme;
 }
 
@@ -57,8 +58,7 @@ struct DeviceMatrices {
         context.stream().wait();
         require(!bias || bias->size() == rows, "bias must have a value for every row");
         biases.push_back(bias ? sent(*bias) : DeviceArray<float>());
-        matrices.push_back({static_cast<int>(&scheme - layout::kSchemes.data()), static_cast<int>(rows),
-                            static_cast<int>(cols), tiles.back().get()});
+        matrices.push_back({scheme_number(name), static_cast<int>(rows), static_cast<int>(cols), tiles.back().get()});
     }
 };
 
@@ -233,6 +233,21 @@ py::array_t<std::int32_t> argmax_op(const Floats& logits) {
     return fetched(bench.context, chosen, {rows});
 }
 
+py::tuple top_op(const Floats& logits, int k) {
+    const Bench bench;
+    const auto [rows, vocab] = shape_of(logits);
+    require(k >= 1 && k <= kMaxTop, "k must be from 1 to " + std::to_string(kMaxTop));
+    const int width = std::max(32, static_cast<int>(std::bit_ceil(static_cast<unsigned>(k))));
+    const auto input = sent(logits);
+    const auto count = static_cast<std::size_t>(rows * width);
+    const auto ids = poisoned<std::int32_t>(count);
+    const auto values = poisoned<float>(count);
+    const auto scratch = poisoned<std::uint64_t>(static_cast<std::size_t>(top_keys(rows, vocab, width)));
+    top_logits(bench.context.queue(), input.get(), static_cast<int>(rows), static_cast<int>(vocab), width, ids.get(),
+               values.get(), scratch.get());
+    return py::make_tuple(fetched(bench.context, ids, {rows, width}), fetched(bench.context, values, {rows, width}));
+}
+
 }  // namespace
 }  // namespace cnl::cuda
 
@@ -255,4 +270,5 @@ void bind_cuda_ops(pybind11::module_& module) {
     ops.def("gather_rows", &gather_op, py::arg("x"), py::arg("rows"));
     bind_cuda_attention(ops);
     ops.def("argmax", &argmax_op, py::arg("logits"));
+    ops.def("top", &top_op, py::arg("logits"), py::arg("k"));
 }

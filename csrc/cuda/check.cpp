@@ -62,7 +62,15 @@ void* take_device_memory(std::size_t bytes, const char* what) {
 
 void* take_pinned_memory(std::size_t bytes, const char* what) {
     void* p = nullptr;
-    if (bytes) check(cudaHostAlloc(&p, bytes, cudaHostAllocDefault), what);
+    if (!bytes) return p;
+    const cudaError_t error = cudaHostAlloc(&p, bytes, cudaHostAllocDefault);
+    if (error == cudaErrorMemoryAllocation) {
+        static_cast<void>(cudaGetLastError());
+        throw CudaError(std::string(what) + " needs " + gibibytes(bytes) +
+                            " of pinned host memory, which the system refuses; free some or raise the limit",
+                        error, false);
+    }
+    check(error, what);
     return p;
 }
 

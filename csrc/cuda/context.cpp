@@ -11,7 +11,6 @@ namespace cnl::cuda {
 
 namespace {
 
-constexpr int kMaxGraphRows = 32;
 thread_local Context* t_current = nullptr;
 
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
@@ -137,7 +136,7 @@ void Context::reserve(const KvLayout& layout, int heads, std::int64_t rows, std:
 }
 
 float* Context::logits(std::int64_t rows) {
-    rows = std::max<std::int64_t>(rows, kMaxGraphRows);
+    rows = std::max<std::int64_t>(rows, kGraphRows);
     if (logits_.size() < static_cast<std::size_t>(rows * vocab_)) {
         forget_graphs();
         logits_ = {};
@@ -146,9 +145,23 @@ float* Context::logits(std::int64_t rows) {
     return logits_.get();
 }
 
+void Context::reserve_top(std::int64_t rows, int width) {
+    rows = std::max<std::int64_t>(rows, kGraphRows);
+    const auto keys = static_cast<std::size_t>(top_keys(rows, vocab_, width)),
+               count = static_cast<std::size_t>(rows * width);
+    if (top_scratch_.size() >= keys && top_ids_.size() >= count && top_values_.size() >= count) return;
+    forget_graphs();
+    top_scratch_ = {};
+    top_ids_ = {};
+    top_values_ = {};
+    top_scratch_ = DeviceArray<std::uint64_t>(keys, "the choice of tokens");
+    top_ids_ = DeviceArray<std::int32_t>(count, "the choice of tokens");
+    top_values_ = DeviceArray<float>(count, "the choice of tokens");
+}
+
 std::size_t Context::bytes() const {
     return partials_.bytes() + logits_.bytes() + best_values_.bytes() + best_ids_.bytes() + chosen_.bytes() +
-           arrivals_.bytes();
+           arrivals_.bytes() + top_scratch_.bytes() + top_ids_.bytes() + top_values_.bytes();
 }
 
 void Context::forget_graphs() {
@@ -180,11 +193,11 @@ AttentionArgs Context::attention_args(const KvCache& cache, int layer, int heads
 
 void Context::run(const ops::StepInputs& inputs, const std::function<void()>& forward) {
     shape_ = upload_->shape_of(inputs);
-    padded_ = options_.graphs && shape_.single && shape_.rows <= kMaxGraphRows &&
+    padded_ = options_.graphs && shape_.single && shape_.rows <= kGraphRows &&
               std::bit_ceil(static_cast<unsigned>(shape_.rows)) <= static_cast<unsigned>(max_rows_);
     StepUpload::Settings settings;
     settings.tile_tokens = prefill_cut_.tile_tokens;
-    settings.from_device = from_device;
+    settings.from_device = pick.from_device;
     if (padded_) settings.padded_rows = static_cast<int>(std::bit_ceil(static_cast<unsigned>(shape_.rows)));
 
     const auto floats =
@@ -204,12 +217,15 @@ void Context::run(const ops::StepInputs& inputs, const std::function<void()>& fo
     } const scope(this);
     const auto work = [&] {
         forward();
-        if (choose)
+        if (pick.best)
             argmax(queue_, logits_.get(), shape_.outputs, static_cast<int>(vocab_), chosen_.get(), best_values_.get(),
                    best_ids_.get());
+        if (pick.top)
+            top_logits(queue_, logits_.get(), shape_.outputs, static_cast<int>(vocab_), pick.top, top_ids_.get(),
+                       top_values_.get(), top_scratch_.get());
     };
     if (padded_)
-        replay({shape_.rows, shape_.chunks, choose}, work);
+        replay({shape_.rows, shape_.chunks, pick.best, pick.top}, work);
     else
         work();
 }

@@ -30,6 +30,9 @@ Device find_device();
 /// The same, as CudaError when there is a problem.
 Device usable_device();
 
+inline constexpr int kGraphRows = 32;  // captured steps have this many rows at most
+inline constexpr int kLeastTop = 32;   // few widths, few graphs
+
 struct Options {
     bool graphs = true;       // decode steps are captured once and replayed
     bool early_start = true;  // where the device can
@@ -65,9 +68,17 @@ class Context {
     float* logits(std::int64_t rows);
     std::size_t bytes() const;
 
-    /// The most likely token of every output is chosen on the device, as part of the step, and is the row's token in
-    /// the next step when from_device is set.
-    bool choose = false, from_device = false;
+    /// What a step chooses on the device, beside its logits.
+    struct Pick {
+        bool best = false;         // the most likely token of every output: chosen()
+        bool from_device = false;  // the tokens of the step are those that the one before chose so
+        int top = 0;               // the most likely ones, that many: top_ids(), top_values() [outputs, top]
+    };
+    Pick pick;
+    /// Room for Pick::top of that many outputs, a power of two, kLeastTop .. kMaxTop; before the step.
+    void reserve_top(std::int64_t rows, int width);
+    const std::int32_t* top_ids() const { return top_ids_.get(); }
+    const float* top_values() const { return top_values_.get(); }
     std::int64_t replays() const { return replays_; }
 
     /// The context of the run that this thread is in.
@@ -75,7 +86,7 @@ class Context {
 
  private:
     struct Graph;
-    using Key = std::tuple<int, int, bool>;  // rows, chunks, choose
+    using Key = std::tuple<int, int, bool, int>;  // rows, chunks, best, top
     void forget_graphs();
     void replay(const Key& key, const std::function<void()>& work);
 
@@ -89,8 +100,9 @@ class Context {
     int heads_ = 0;
     std::int64_t max_rows_ = 0, vocab_ = 0;
     AttentionCut decode_cut_{}, prefill_cut_{};
-    DeviceArray<float> partials_, logits_, best_values_;
-    DeviceArray<std::int32_t> best_ids_, chosen_;
+    DeviceArray<float> partials_, logits_, best_values_, top_values_;
+    DeviceArray<std::int32_t> best_ids_, chosen_, top_ids_;
+    DeviceArray<std::uint64_t> top_scratch_;
     DeviceArray<std::uint32_t> arrivals_;
     std::map<Key, std::unique_ptr<Graph>> graphs_;
     std::int64_t replays_ = 0;

@@ -20,7 +20,7 @@ struct Act {
 
 /// A matrix in tiles.
 struct Tiles {
-    int scheme = 0;  // index into layout::kSchemes
+    int scheme = 0;  // scheme_number (tile.hpp)
     int rows = 0, cols = 0;
     const std::uint8_t* data = nullptr;
 
@@ -136,6 +136,14 @@ void attention_prefill(const Queue& queue, AttentionArgs args);
 void argmax(const Queue& queue, const float* logits, int rows, int vocab, std::int32_t* chosen, float* scratch_values,
             std::int32_t* scratch_ids);
 inline constexpr int kArgmaxParts = 64;  // scratch: that many a row
+
+/// ids, values [rows, width] = the largest of logits[i][0 .. vocab), largest first, the lowest id among equals; what is
+/// not a number or infinite comes before all others. width: a power of two, 32 .. kMaxTop; -1 and -infinity beyond the
+/// vocabulary. scratch: top_keys of 64 bits.
+void top_logits(const Queue& queue, const float* logits, int rows, int vocab, int width, std::int32_t* ids,
+                float* values, std::uint64_t* scratch);
+inline constexpr int kMaxTop = 1024;
+std::int64_t top_keys(std::int64_t rows, std::int64_t vocab, int width);
 
 /// Benchmark: reads `bytes`, a multiple of 16, as fast as it can.
 void read_memory(const Queue& queue, const void* memory, std::int64_t bytes, std::uint32_t* sink);

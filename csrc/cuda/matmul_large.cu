@@ -143,7 +143,7 @@ using Kernel = void (*)(MatmulArgs, Epilogue);
 
 /// Groups of 32 need the registers of a second sum: two warps along the tokens are the most then.
 constexpr int kSmallGroups = 2;
-static_assert(layout::kSchemes[kSmallGroups].group == 32);
+static_assert(scheme_at(kSmallGroups).group == 32);
 
 template <int kMatrices, int kTokenWarps>
 Kernel of_scheme(int scheme) {

@@ -57,8 +57,7 @@ namespace {
 using cuda::Context, cuda::Epilogue, cuda::MatmulArgs, cuda::Tiles;
 
 Tiles tiles_of(const Weight& w) {
-    return {static_cast<int>(w.scheme - layout::kSchemes.data()), static_cast<int>(w.rows), static_cast<int>(w.cols),
-            w.data};
+    return {cuda::scheme_number(w.scheme->name), static_cast<int>(w.rows), static_cast<int>(w.cols), w.data};
 }
 
 MatmulArgs args_for(const Activations& x) {

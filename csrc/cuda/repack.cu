@@ -107,7 +107,7 @@ void repack(const Queue& queue, const layout::Scheme& scheme, const std::uint8_t
     a.count = static_cast<int>(2 * (pair_end - pair_begin));
     const std::int64_t tasks = std::int64_t(a.count) * a.col_tiles;
     const auto blocks = static_cast<unsigned>((tasks + kThreads / kWarp - 1) / (kThreads / kWarp));
-    launch(queue, "repack", kKernels[&scheme - layout::kSchemes.data()], {dim3(blocks), dim3(kThreads)}, a);
+    launch(queue, "repack", kKernels[scheme_number(scheme.name)], {dim3(blocks), dim3(kThreads)}, a);
 }
 
 }  // namespace cnl::cuda

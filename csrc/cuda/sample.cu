@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The most likely token, and the kernels of the benchmark.
+// The most likely token, the most likely ones, and the kernels of the benchmark.
 #include <cmath>
+#include <utility>
 
 #include "kernels.hpp"
 #include "ptx.cuh"
@@ -65,6 +66,81 @@ __global__ void __launch_bounds__(kThreads)
     if (thread == 0) chosen[blockIdx.x] = best.id == kNone ? -1 : best.id;
 }
 
+// The largest logits: blocks sort slices of a row, then lists are merged, some at a time, and only as much of each is
+// kept as is asked for. Keys are all different, so there is one order, whatever the threads do.
+constexpr int kSliceLogits = kMaxTop;
+constexpr int kMergedLists = 8;
+
+/// Larger for what comes earlier. The logit's bits in the order of floats, 0 and -0 alike, then the id.
+__device__ __forceinline__ std::uint64_t key_of(float logit, int id) {
+    auto bits = static_cast<std::uint32_t>(as_int(logit));
+    if (bits == 0x80000000u) bits = 0;
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    if (!(logit < INFINITY)) bits = 0xffffffffu;
+    return static_cast<std::uint64_t>(bits) << 32 | ~static_cast<std::uint32_t>(id);
+}
+
+/// Bitonic sort of `count` keys in shared memory, a power of two, the largest first. from = count: of keys that rise
+/// and fall once, as two sorted lists do, the second one backwards.
+__device__ __forceinline__ void sort_keys(std::uint64_t* keys, int count, int from) {
+    for (int size = from; size <= count; size *= 2)
+        for (int step = size / 2; step > 0; step /= 2) {
+            __syncthreads();
+            for (int i = static_cast<int>(threadIdx.x); i < count / 2; i += kThreads) {
+                const int low = (i & ~(step - 1)) * 2 | (i & (step - 1));
+                const std::uint64_t a = keys[low], b = keys[low + step];
+                const bool falling = (low & size) == 0;
+                if ((a < b) == falling) keys[low] = b, keys[low + step] = a;
+            }
+        }
+    __syncthreads();
+}
+
+__global__ void __launch_bounds__(kThreads)
+    top_slices(const float* logits, int vocab, int width, std::uint64_t* lists) {
+    __shared__ std::uint64_t keys[kSliceLogits];
+    wait_for_previous();
+    const float* row = logits + static_cast<std::int64_t>(blockIdx.y) * vocab;
+    const int first = static_cast<int>(blockIdx.x) * kSliceLogits;
+    for (int i = static_cast<int>(threadIdx.x); i < kSliceLogits; i += kThreads)
+        keys[i] = first + i < vocab ? key_of(row[first + i], first + i) : 0;
+    sort_keys(keys, kSliceLogits, 2);
+    std::uint64_t* list = lists + (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * width;
+    for (int i = static_cast<int>(threadIdx.x); i < width; i += kThreads) list[i] = keys[i];
+}
+
+/// Some of `count` sorted lists of a row become one. The last one of all goes to ids and values, if those are given.
+__global__ void __launch_bounds__(kThreads)
+    top_merge(const std::uint64_t* lists, int count, int width, std::uint64_t* merged, const float* logits, int vocab,
+              std::int32_t* ids, float* values) {
+    __shared__ std::uint64_t keys[kMaxTop];
+    wait_for_previous();
+    const int thread = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kMergedLists;
+    const int end = first + kMergedLists < count ? first + kMergedLists : count;
+    const std::uint64_t* own = lists + static_cast<std::int64_t>(blockIdx.y) * count * width;
+    for (int i = thread; i < width; i += kThreads) keys[i] = own[first * width + i];
+    for (int list = first + 1; list < end; ++list) {
+        for (int i = thread; i < width; i += kThreads) {
+            const std::uint64_t other = own[list * width + width - 1 - i];
+            keys[i] = keys[i] > other ? keys[i] : other;
+        }
+        sort_keys(keys, width, width);
+    }
+    const std::int64_t at = (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * width;
+    for (int i = thread; i < width; i += kThreads) {
+        if (!ids) {
+            merged[at + i] = keys[i];
+            continue;
+        }
+        const std::uint64_t key = keys[i];
+        const int id = key ? static_cast<int>(~static_cast<std::uint32_t>(key)) : -1;
+        ids[at + i] = id;
+        values[at + i] = id >= 0 ? logits[static_cast<std::int64_t>(blockIdx.y) * vocab + id] : -INFINITY;
+    }
+}
+
+std::int64_t parts(std::int64_t count, int each) { return (count + each - 1) / each; }
+
 __global__ void __launch_bounds__(kThreads) read_kernel(const uint4* memory, std::int64_t count, std::uint32_t* sink) {
     wait_for_previous();
     std::uint32_t seen = 0;
@@ -87,6 +163,27 @@ void argmax(const Queue& queue, const float* logits, int rows, int vocab, std::i
            vocab, scratch_values, scratch_ids);
     launch(queue, "argmax", argmax_rows, {dim3(static_cast<unsigned>(rows)), dim3(kThreads)}, scratch_values,
            scratch_ids, chosen);
+}
+
+std::int64_t top_keys(std::int64_t rows, std::int64_t vocab, int width) {
+    const std::int64_t slices = parts(vocab, kSliceLogits);
+    return rows * width * (slices + parts(slices, kMergedLists));
+}
+
+void top_logits(const Queue& queue, const float* logits, int rows, int vocab, int width, std::int32_t* ids,
+                float* values, std::uint64_t* scratch) {
+    const auto height = static_cast<unsigned>(rows);
+    int lists = static_cast<int>(parts(vocab, kSliceLogits));
+    std::uint64_t *from = scratch, *to = scratch + static_cast<std::int64_t>(rows) * lists * width;
+    launch(queue, "top_logits", top_slices, {dim3(static_cast<unsigned>(lists), height), dim3(kThreads)}, logits, vocab,
+           width, from);
+    for (bool last = false; !last; std::swap(from, to)) {
+        const int next = static_cast<int>(parts(lists, kMergedLists));
+        last = next == 1;
+        launch(queue, "top_logits", top_merge, {dim3(static_cast<unsigned>(next), height), dim3(kThreads)}, from, lists,
+               width, to, logits, vocab, last ? ids : nullptr, last ? values : nullptr);
+        lists = next;
+    }
 }
 
 void read_memory(const Queue& queue, const void* memory, std::int64_t bytes, std::uint32_t* sink) {

@@ -19,8 +19,10 @@
 // a float) and [block][256 columns][8] float scales.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "../layout.hpp"
 
@@ -40,19 +42,31 @@ inline constexpr int kSpan = 256;  // columns that share an activation scale
 inline constexpr int kSpanTiles = kSpan / kTileCols;
 inline constexpr int kSumKinds = 4;  // sums of columns 0-31, of 32-63, of all 64, and that one as a float
 
-/// The schemes of layout.hpp by number: what kernels are instantiated for.
+/// The schemes that have kernels; layout.hpp knows more. What kernels are instantiated for is the place in this list.
+inline constexpr std::array<std::string_view, 4> kSchemeNames{"q4-s64", "q4-a64", "q4-s32", "q8-s64"};
+inline constexpr int kSchemeCount = static_cast<int>(kSchemeNames.size());
+constexpr const layout::Scheme& scheme_at(int number) {
+    return *layout::find_scheme(kSchemeNames[static_cast<std::size_t>(number)]);
+}
+/// -1: no kernel reads it.
+constexpr int scheme_number(std::string_view name) {
+    for (int i = 0; i < kSchemeCount; ++i)
+        if (kSchemeNames[static_cast<std::size_t>(i)] == name) return i;
+    return -1;
+}
+
 template <int kScheme>
 struct SchemeOf {
-    static constexpr int kBits = layout::kSchemes[kScheme].bits;
-    static constexpr int kGroup = layout::kSchemes[kScheme].group;
-    static constexpr bool kAsymmetric = layout::kSchemes[kScheme].asymmetric;
-    static constexpr int kZero = layout::kSchemes[kScheme].zero();
+    static constexpr int kBits = scheme_at(kScheme).bits;
+    static constexpr int kGroup = scheme_at(kScheme).group;
+    static constexpr bool kAsymmetric = scheme_at(kScheme).asymmetric;
+    static constexpr int kZero = scheme_at(kScheme).zero();
+    static_assert((kBits == 4 || kBits == 8) && (kGroup == 64 || (kGroup == 32 && !kAsymmetric)));
     static constexpr int kTileBytes = kTileRows * kTileCols * kBits / 8;
     static constexpr int kLoads = kTileBytes / (kWarp * 16);                    // 16-byte loads of a lane
     static constexpr int kParams = kTileCols / kGroup * (kAsymmetric ? 2 : 1);  // fp16 of a row
     static constexpr int kParamBytes = kTileRows * kParams * 2;
 };
-inline constexpr int kSchemeCount = static_cast<int>(layout::kSchemes.size());
 
 constexpr std::int64_t tile_bytes(const layout::Scheme& s) { return kTileRows * kTileCols * s.bits / 8; }
 constexpr std::int64_t param_bytes(const layout::Scheme& s) {

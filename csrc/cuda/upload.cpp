@@ -18,6 +18,13 @@ std::size_t aligned(std::size_t bytes) { return (bytes + kAlign - 1) / kAlign * 
 
 }  // namespace
 
+std::string scheme_list() {
+    std::string text;
+    for (int i = 0; i < kSchemeCount; ++i)
+        text += (i == 0 ? "" : i + 1 < kSchemeCount ? ", " : " and ") + std::string(scheme_at(i).name);
+    return text;
+}
+
 DeviceWeights::DeviceWeights(const Context& context, std::size_t bytes)
     : context_(context), arena_(bytes, "the model") {}
 

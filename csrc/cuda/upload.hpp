@@ -4,12 +4,16 @@
 
 #include <cstdint>
 #include <map>
+#include <string>
 
 #include "../ops.hpp"
 #include "check.hpp"
 #include "context.hpp"
 
 namespace cnl::cuda {
+
+/// "a, b and c": the weight schemes that have kernels.
+std::string scheme_list();
 
 class DeviceWeights {
  public:

@@ -9,6 +9,7 @@ DIRECTORY and newer than all sources is left as it is.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("model.cpp", "rope.cpp", "kv_cache.cpp", "bind_model.cpp")
@@ -32,9 +34,10 @@ def sources() -> list[Path]:
 
 def newest_input() -> float:
     """When a source or a header was changed last."""
-    folders = (ROOT / "csrc", ROOT / "tests" / "cuda" / "emulator")
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    return max(path.stat().st_mtime for path in (*files, Path(__file__)))
+    headers = [*(ROOT / "csrc").glob("*.hpp"), ROOT / "csrc" / "cpu" / "half.hpp"]
+    folders = (ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda" / "emulator")
+    files = [path for folder in folders for path in folder.iterdir()]
+    return max(path.stat().st_mtime for path in (*sources(), *headers, *files, Path(__file__)))
 
 
 def build(directory: Path) -> Path:
@@ -62,6 +65,16 @@ def build(directory: Path) -> Path:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources()))
     subprocess.run([compiler, "-shared", *objects, "-o", module], check=True)
+    return module
+
+
+def load(directory: Path) -> ModuleType:
+    """The module, built where it must be."""
+    spec = importlib.util.spec_from_file_location("_cuda", build(directory))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -96,6 +96,31 @@ void check_mma_s8(const Problem& p) {
     }
 }
 
+/// mma.m8n8k16, what Turing has: a lane has A[g][4t + i], B[4t + i][g] and C[g][2t, 2t + 1]. The registers of the
+/// larger one in its order: rows g, rows g + 8, then the last 16 columns of both.
+void check_mma_turing(const Problem& p) {
+    for (int half = 0; half < 2; ++half) {
+        int c[16][8] = {};
+        for (int i = 0; i < 4; ++i) {
+            int a[8][16], b[16][8];
+            for (int lane = 0; lane < 32; ++lane) {
+                const int g = lane / 4, t = lane % 4;
+                std::uint32_t registers[4];
+                p.fragment(lane, half, registers);
+                for (int j = 0; j < 4; ++j) {
+                    a[g][4 * t + j] = byte_of(registers[i], j);
+                    b[4 * t + j][g] = p.tokens[g][t * 16 + half * 8 + i / 2 * 4 + j];
+                }
+            }
+            for (int r = 0; r < 8; ++r)
+                for (int n = 0; n < 8; ++n)
+                    for (int k = 0; k < 16; ++k) c[r + i % 2 * 8][n] += a[r][k] * b[k][n];
+        }
+        for (int r = 0; r < 16; ++r)
+            for (int n = 0; n < 8; ++n) expect(c[r][n] == p.product(r, n, 32 * half, 32 * half + 32), "mma.m8n8k16 s8");
+    }
+}
+
 /// mma.m16n8k16 in fp16: A[g | g + 8][2t, 2t + 1 | 2t + 8, 2t + 9], B[2t, 2t + 1 | 2t + 8, 2t + 9][g]. The masks leave
 /// a pair of nibbles in the halves of a register, the second pair after a shift by 8.
 void check_mma_f16(const Problem& p) {
@@ -189,7 +214,8 @@ void check_places(int bits) {
 
 /// Sizes: what kernels load is aligned, and parameters of all rows have a place.
 void check_sizes() {
-    for (const layout::Scheme& s : layout::kSchemes) {
+    for (int number = 0; number < kSchemeCount; ++number) {
+        const layout::Scheme& s = scheme_at(number);
         expect(tile_bytes(s) % 512 == 0 && param_bytes(s) % 32 == 0, "a tile is not aligned");
         std::vector<bool> seen(static_cast<std::size_t>(param_bytes(s) / 2));
         for (int row = 0; row < kTileRows; ++row)
@@ -215,6 +241,7 @@ int main() {
         for (const int bits : {4, 8}) {
             const Problem p(bits);
             check_mma_s8(p);
+            check_mma_turing(p);
             check_dp4a(p);
             if (bits == 4) check_mma_f16(p);
         }
@@ -222,5 +249,5 @@ int main() {
     }
     for (const int bits : {4, 8}) check_places(bits);
     check_sizes();
-    std::printf("mma s8, mma f16, dp4a, wgmma A, places, sizes: all equal\n");
+    std::printf("mma s8, on Turing, mma f16, dp4a, wgmma A, places, sizes: all equal\n");
 }

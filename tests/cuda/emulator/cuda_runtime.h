@@ -4,6 +4,8 @@
 // barrier that not all threads reach is reported, shared memory is filled with NaN before a block starts and lies in an
 // allocation of exactly the size asked for, asynchronous copies happen as late as they may, and CNLLAMA_EMULATOR_ORDER
 // (forward, reverse, or a number that seeds a shuffle) changes the order in which threads and blocks run.
+// CNLLAMA_EMULATOR_FAULT, "CALL N ERROR", makes the N-th call of a function from then on fail with that error; when it
+// is one that loses the device, so do all calls after it, until the variable changes.
 #pragma once
 
 #include <math.h>
@@ -44,24 +46,6 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
-namespace emulator {
-
-struct Index {
-    unsigned x = 0, y = 0, z = 0;
-};
-void sync_block();
-unsigned char* shared_memory();
-int round_to_int(float x);
-void submit(struct Stream* stream, std::function<void()> work);
-void run_grid(const dim3& grid, const dim3& block, std::size_t shared, const std::function<void()>& kernel);
-
-}  // namespace emulator
-
-extern emulator::Index threadIdx, blockIdx;
-extern dim3 gridDim, blockDim;
-inline void __syncthreads() { emulator::sync_block(); }
-inline int __float2int_rn(float x) { return emulator::round_to_int(x); }
-
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
@@ -71,6 +55,7 @@ enum cudaError_t {
     cudaErrorNoDevice = 100,
     cudaErrorECCUncorrectable = 214,
     cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchOutOfResources = 701,
     cudaErrorLaunchTimeout = 702,
     cudaErrorAssert = 710,
     cudaErrorHardwareStackError = 714,
@@ -80,6 +65,26 @@ enum cudaError_t {
     cudaErrorInvalidPc = 718,
     cudaErrorLaunchFailure = 719,
 };
+
+namespace emulator {
+
+struct Index {
+    unsigned x = 0, y = 0, z = 0;
+};
+void sync_block();
+unsigned char* shared_memory();
+int round_to_int(float x);
+void submit(struct Stream* stream, std::function<void()> work);
+cudaError_t fault(const char* call);
+void run_grid(const dim3& grid, const dim3& block, std::size_t shared, const std::function<void()>& kernel);
+
+}  // namespace emulator
+
+extern emulator::Index threadIdx, blockIdx;
+extern dim3 gridDim, blockDim;
+inline void __syncthreads() { emulator::sync_block(); }
+inline int __float2int_rn(float x) { return emulator::round_to_int(x); }
+
 using cudaStream_t = emulator::Stream*;
 using cudaEvent_t = struct EmulatedEvent*;
 using cudaGraph_t = struct EmulatedGraph*;
@@ -149,6 +154,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (config->gridDim.x == 0 || config->gridDim.y == 0 || config->gridDim.y > 65535 || config->gridDim.z == 0 ||
         config->gridDim.z > 65535 || config->blockDim.x > 1024 || config->dynamicSmemBytes > kMaxShared)
         return cudaErrorInvalidValue;
+    if (const cudaError_t error = emulator::fault("cudaLaunchKernelEx")) return error;
     const std::tuple<Parameters...> copies(std::forward<Arguments>(arguments)...);
     const dim3 grid = config->gridDim, block = config->blockDim;
     const std::size_t shared = config->dynamicSmemBytes;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -188,6 +189,27 @@ void submit(Stream* stream, std::function<void()> work) {
         work();
 }
 
+cudaError_t fault(const char* call) {
+    static std::string known;
+    static int calls = 0;
+    static cudaError_t lost = cudaSuccess;
+    const char* text = std::getenv("CNLLAMA_EMULATOR_FAULT");
+    if (known != (text ? text : "")) {
+        known = text ? text : "";
+        calls = 0;
+        lost = cudaSuccess;
+    }
+    if (known.empty() || lost) return lost;
+    std::istringstream words(known);
+    std::string wanted;
+    int number = 0, code = 0;
+    words >> wanted >> number >> code;
+    if (wanted != call || ++calls != number) return cudaSuccess;
+    const auto error = static_cast<cudaError_t>(code);
+    if (code >= 700 && error != cudaErrorLaunchOutOfResources) lost = error;
+    return error;
+}
+
 void run_grid(const dim3& grid, const dim3& block, std::size_t shared, const std::function<void()>& kernel) {
     gridDim = grid;
     blockDim = block;
@@ -218,7 +240,18 @@ std::map<void*, std::size_t> sizes;
 }  // namespace
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorName(cudaError_t) { return "cudaErrorEmulated"; }
+const char* cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+        case cudaErrorMemoryAllocation:
+            return "cudaErrorMemoryAllocation";
+        case cudaErrorIllegalAddress:
+            return "cudaErrorIllegalAddress";
+        case cudaErrorLaunchOutOfResources:
+            return "cudaErrorLaunchOutOfResources";
+        default:
+            return "cudaErrorEmulated";
+    }
+}
 const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
 cudaError_t cudaRuntimeGetVersion(int* v) { return *v = 13000, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* v) { return *v = 13000, cudaSuccess; }
@@ -235,6 +268,7 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* all) {
     return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** p, std::size_t bytes) {
+    if (const cudaError_t error = emulator::fault("cudaMalloc")) return error;
     if (taken + bytes > device_memory()) return cudaErrorMemoryAllocation;
     *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(*p, 0xff, bytes);  // NaN
@@ -251,6 +285,7 @@ cudaError_t cudaFree(void* p) {
     return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** p, std::size_t bytes, unsigned) {
+    if (const cudaError_t error = emulator::fault("cudaHostAlloc")) return error;
     *p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
     return cudaSuccess;
 }
@@ -260,23 +295,27 @@ cudaError_t cudaMemcpy(void* to, const void* from, std::size_t n, cudaMemcpyKind
     return std::memcpy(to, from, n), cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t n, cudaMemcpyKind, cudaStream_t stream) {
+    if (const cudaError_t error = emulator::fault("cudaMemcpyAsync")) return error;
     emulator::submit(stream, [=] { std::memcpy(to, from, n); });
     return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new emulator::Stream, cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete s, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator::fault("cudaStreamSynchronize"); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+    if (const cudaError_t error = emulator::fault("cudaStreamBeginCapture")) return error;
     return s->capture = new EmulatedGraph, cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* graph) {
     return *graph = std::exchange(s->capture, nullptr), cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+    if (const cudaError_t error = emulator::fault("cudaGraphInstantiate")) return error;
     return *exec = new EmulatedGraphExec{graph->nodes}, cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    if (const cudaError_t error = emulator::fault("cudaGraphLaunch")) return error;
     for (const auto& node : exec->nodes) node();
     return cudaSuccess;
 }
