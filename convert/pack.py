@@ -12,26 +12,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cnllama import _core
-from cnllama.config import EMBEDDING, LM_HEAD, from_hf
+from cnllama.config import EMBEDDING, from_hf
 from cnllama.container import read_json
-from cnllama.errors import InputError, os_errors_explained
+from cnllama.errors import CnllamaError, InputError, os_errors_explained
 from cnllama.format import TOKENIZER, CnlWriter, stored_bytes
 from cnllama.templates import TEMPLATES, default_template
+from cnllama.tokenizer import Tokenizer
 from cnllama.verify import Statistics
 
 from . import fingerprint, parity
 from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray, open_checkpoint
 from .merge import MergedTensor, check_adapter, check_base, is_tied, merge
+from .quantize.base import Quantizer, Rtn, Work
+from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
+from .quantize.choice import Choice, choose
+from .quantize.registry import AUTO, check_quantizer, open_quantizer
+from .quantize.rules import Rule, quantizations, scheme_of, scheme_table
+from .quantize.trial import Trial, Verdict, judge, unchecked_sentence, verdict_sentence
 from .vocab import Vocabulary, check_vocabulary, size_table
 
-DEFAULT_Q4 = "q4-a64"
-EMBEDDINGS = "q8-s64"
-QUANTIZATIONS = {"q4": DEFAULT_Q4, "q8": "q8-s64", "q4-s64": "q4-s64", "q4-a64": "q4-a64", "q4-s32": "q4-s32"}
-_CHUNK_VALUES = 1 << 23  # float32 values merged and quantized at a time: 32 MiB
+QUANTIZATIONS = quantizations()
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # of generation_config.json, when it samples
 
 
@@ -66,6 +67,10 @@ class Report:
     peak_memory: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    quantizer: str = "rtn"
+    reason: str = ""  # why "auto" chose it
+    held_out: dict[str, Any] | None = None  # trial.Verdict
+    notes: list[str] = field(default_factory=list)  # what the calibration says of every tensor
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -105,6 +110,12 @@ def convert(
     output: Path,
     *,
     quant: str = "q4",
+    rules: Sequence[Rule] = (),
+    quantizer: str = "rtn",
+    calibrate: Path | None = None,
+    calibrate_tokens: tuple[int, int] = DEFAULT_TOKENS,
+    device: str | None = None,
+    check: bool = True,
     template: str | None = None,
     tokenizer: Path | None = None,
     threads: int = 0,
@@ -112,48 +123,180 @@ def convert(
 ) -> Report:
     """Merges, quantizes and packs; nothing lies under the final name until all of it is done.
 
-    quant: a key of QUANTIZATIONS. threads 0: the default of this machine. progress: a bar on stderr.
+    quant: a key of QUANTIZATIONS; rules: exceptions from it. quantizer: one of QUANTIZERS; "gptq" and "awq" need
+    PyTorch and are calibrated on `device` (None: "cpu") with the text `calibrate` (None: the bundled one) in (samples,
+    length) tokens; "auto" is "gptq" where that is soon done (choice.py). check: a calibrated file is kept unless it
+    predicts the text's last tenth worse than rtn's. threads 0: the default of this machine. progress: bars on stderr.
     Raises InputError for wrong input and CnllamaError for a full disk.
     """
     if template is not None and template not in TEMPLATES:
         raise InputError(f"--template {template!r} is unknown, expected one of {', '.join(TEMPLATES)}")
+    check_quantizer(quantizer, device or "cpu")
+    scheme = scheme_of(quant, "--quant")
     started = time.monotonic()
     with os_errors_explained(base):
         plan = make_plan(base, loras, tokenizer)
-        model = plan.vocabulary.tokenizer.model
-        table = {name: _row(name, tensor, QUANTIZATIONS[quant]) for name, tensor in plan.tensors.items()}
-        parameters = sum(rows * cols for _, rows, cols in table.values())
-        bits = sum(stored_bytes(*row) for row in table.values()) * 8 / parameters
-        metadata = _metadata(plan, template) | {
-            "quantization": {
-                "scheme": QUANTIZATIONS[quant],
-                "embeddings": EMBEDDINGS,
-                "bits_per_weight": round(bits, 4),
-            }
-        }
-        with CnlWriter(output, metadata, table | {TOKENIZER: ("raw", len(model), 1)}) as writer:
-            records = _pack(plan, table, writer, threads, progress)
-            writer.write_padded(TOKENIZER, model)
-            content = writer.finish({"fingerprint": {"tensors": records}})
-    errors = {name: values["error"] for name, values in records.items() if table[name][0] != "f32"}
-    worst = max(errors, key=lambda name: errors[name])
+        table = scheme_table(plan.tensors, scheme, rules)
+        metadata = _metadata(plan, template) | {"quantization": _quantization(scheme, table, rules)}
+        job = _Job(plan, table, metadata, threads, progress)
+        options = _Settings(quantizer, device, calibrate, calibrate_tokens, check)
+        written, verdict, reason = _write(job, output, options)
+    errors = {name: record["error"] for name, record in written.records.items() if table[name][0] != "f32"}
+    worst, worst_error = max(errors.items(), key=lambda item: item[1])
     return Report(
         file=str(output),
-        size=writer.size,
-        parameters=parameters,
-        scheme=QUANTIZATIONS[quant],
-        bits_per_weight=bits,
+        size=written.size,
+        parameters=_parameters(table),
+        scheme=scheme,
+        bits_per_weight=_bits_per_weight(table),
         template=metadata["template"],
         vocab_size=plan.config["vocab_size"],
         worst_tensor=worst,
-        worst_error=errors[worst],
+        worst_error=worst_error,
         mean_error=sum(errors.values()) / len(errors),
-        fingerprint=fingerprint.short_name(records),
-        content_sha256=content,
+        fingerprint=fingerprint.short_name(written.records),
+        content_sha256=written.content,
         peak_memory=peak_memory(),
         seconds=time.monotonic() - started,
         warnings=plan.notices,
+        quantizer=written.quantizer,
+        reason=reason,
+        held_out=verdict.to_dict() if verdict else None,
+        notes=written.notes,
     )
+
+
+@dataclass(frozen=True)
+class _Written:
+    quantizer: str
+    size: int
+    content: str
+    records: dict[str, dict[str, float]]
+    notes: list[str]
+
+
+@dataclass
+class _Job:
+    """A checked conversion that can be written by one quantizer or another."""
+
+    plan: Plan
+    table: dict[str, tuple[str, int, int]]
+    metadata: dict[str, Any]
+    threads: int
+    progress: bool
+
+    def write(self, path: Path, quantizer: Quantizer, more: Mapping[str, Any] | None = None) -> _Written:
+        """The whole file. more: of the `quantization` metadata."""
+        model = self.plan.vocabulary.tokenizer.model
+        metadata = self.metadata | {"quantization": self.metadata["quantization"] | (more or {})}
+        notes: list[str] = []
+        with CnlWriter(path, metadata, self.table | {TOKENIZER: ("raw", len(model), 1)}) as writer:
+            records = self._pack(writer, quantizer, notes)
+            writer.write_padded(TOKENIZER, model)
+            content = writer.finish({"fingerprint": {"tensors": records}})
+        return _Written(quantizer.name, writer.size, content, records, notes)
+
+    def _pack(self, writer: CnlWriter, quantizer: Quantizer, notes: list[str]) -> dict[str, dict[str, float]]:
+        """Streams every tensor of the plan; returns the fingerprint of each."""
+        from tqdm import tqdm
+
+        total = sum(math.prod(tensor.shape) for tensor in self.plan.tensors.values())
+        what = "packing" if quantizer.name == "rtn" else quantizer.name
+        statistics: dict[str, Statistics] = {}
+        squared_errors: dict[str, float] = {}
+        quiet = not self.progress
+        with tqdm(total=total, unit="w", unit_scale=True, desc=what, disable=quiet, file=sys.stderr) as bar:
+
+            def say(line: str) -> None:
+                notes.append(line)
+                if self.progress:
+                    bar.write(line, file=sys.stderr)
+
+            work = Work(self.plan.tensors, self.table, self.plan.config, self.threads, say)
+            for piece in quantizer.pieces(work):
+                if isinstance(piece.data, bytes):
+                    writer.write_padded(piece.name, piece.data)
+                else:
+                    writer.write(piece.name, piece.data)
+                statistics[piece.name] = piece.statistics
+                squared_errors[piece.name] = squared_errors.get(piece.name, 0.0) + piece.squared_error
+                bar.update(piece.values)
+        return {
+            name: fingerprint.record(found, math.sqrt(squared_errors[name] / found.squares) if found.squares else 0.0)
+            for name, found in statistics.items()
+        }
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of `convert` that say how the values are chosen."""
+
+    quantizer: str
+    device: str | None
+    calibrate: Path | None
+    calibrate_tokens: tuple[int, int]
+    check: bool
+
+
+def _write(job: _Job, output: Path, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
+    """Writes the file; the reason is what "auto" says of its choice."""
+    if settings.quantizer == "rtn":
+        return job.write(output, Rtn()), None, ""
+    calibration = _calibration(job.plan, settings.calibrate, settings.calibrate_tokens, settings.quantizer)
+    choice = Choice(settings.quantizer, settings.device or "cpu", "")
+    if settings.quantizer == AUTO:
+        choice = choose(_parameters(job.table), calibration.samples.size, settings.device)
+    if choice.quantizer == "rtn":
+        return job.write(output, Rtn()), None, choice.reason
+    quantizer = open_quantizer(choice.quantizer, calibration, choice.device)
+    return *_calibrated(job, output, quantizer, calibration, settings.check), choice.reason
+
+
+def _calibration(plan: Plan, path: Path | None, tokens: tuple[int, int], quantizer: str) -> Calibration:
+    files = plan.vocabulary.tokenizer
+    if quantizer == AUTO:  # nobody asked for this length
+        tokens = tokens[0], min(tokens[1], plan.config["max_position_embeddings"])
+    calibration = read_calibration(path, Tokenizer(files.model, files.settings()), plan.config, tokens)
+    plan.notices.extend(calibration.notices)
+    return calibration
+
+
+def _calibrated(
+    job: _Job, output: Path, quantizer: Quantizer, calibration: Calibration, check: bool
+) -> tuple[_Written, Verdict | None]:
+    """Writes the calibrated file, and with `check` rtn's beside it for as long as it takes to compare the two."""
+    more = {"quantizer": quantizer.name, "calibration": calibration.record()}
+    if not check:
+        return job.write(output, quantizer, more), None
+    with Trial(output, quantizer.name) as trial:
+        calibrated = job.write(trial.calibrated, quantizer, more)
+        plain = job.write(trial.plain, Rtn())
+        try:
+            verdict = judge(trial.calibrated, trial.plain, calibration.held_out, quantizer.name, job.threads)
+        except CnllamaError as problem:
+            job.plan.notices.append(unchecked_sentence(quantizer.name, problem))
+            trial.keep(trial.calibrated)
+            return calibrated, None
+        if verdict.kept == quantizer.name:
+            trial.keep(trial.calibrated)
+            return calibrated, verdict
+        job.plan.notices.append(verdict_sentence(verdict))
+        trial.keep(trial.plain)
+        return plain, verdict
+
+
+def _parameters(table: Mapping[str, tuple[str, int, int]]) -> int:
+    return sum(rows * cols for _, rows, cols in table.values())
+
+
+def _bits_per_weight(table: Mapping[str, tuple[str, int, int]]) -> float:
+    return sum(stored_bytes(*row) for row in table.values()) * 8 / _parameters(table)
+
+
+def _quantization(scheme: str, table: Mapping[str, tuple[str, int, int]], rules: Sequence[Rule]) -> dict[str, Any]:
+    """The `quantization` metadata of rtn."""
+    found = {"scheme": scheme, "embeddings": table[EMBEDDING][0], "bits_per_weight": round(_bits_per_weight(table), 4)}
+    return found | ({"rules": [list(rule) for rule in rules]} if rules else {})
 
 
 def _metadata(plan: Plan, template: str | None) -> dict[str, Any]:
@@ -169,66 +312,6 @@ def _metadata(plan: Plan, template: str | None) -> dict[str, Any]:
         "fingerprint": {"tensors": {}},
         "source": _source(plan),
     }
-
-
-def _row(name: str, tensor: MergedTensor, scheme: str) -> tuple[str, int, int]:
-    if len(tensor.shape) == 1:
-        return "f32", tensor.shape[0], 1
-    return (EMBEDDINGS if name in (EMBEDDING, LM_HEAD) else scheme), tensor.shape[0], tensor.shape[1]
-
-
-def _pack(
-    plan: Plan, table: Mapping[str, tuple[str, int, int]], writer: CnlWriter, threads: int, progress: bool
-) -> dict[str, dict[str, float]]:
-    """Streams every tensor of the plan; returns the fingerprint of each."""
-    from tqdm import tqdm
-
-    total = sum(math.prod(tensor.shape) for tensor in plan.tensors.values())
-    records = {}
-    with tqdm(total=total, unit="w", unit_scale=True, desc="packing", disable=not progress, file=sys.stderr) as bar:
-        for name, tensor in plan.tensors.items():
-            scheme = table[name][0]
-            statistics, squared_error = Statistics(), 0.0
-            for begin, values in _chunks(tensor):
-                statistics.add(values)
-                if not statistics.finite:
-                    _refuse_values(tensor, values, begin)
-                if scheme == "f32":
-                    writer.write_padded(name, values.tobytes())
-                else:
-                    squared_error += _quantize(tensor, values, scheme, threads, writer)
-                bar.update(values.size)
-            tensor.release()
-            error = math.sqrt(squared_error / statistics.squares) if statistics.squares else 0.0
-            records[name] = fingerprint.record(statistics, error)
-    return records
-
-
-def _chunks(tensor: MergedTensor) -> Iterator[tuple[int, FloatArray]]:
-    """(first row, float32 values) of a tensor, rows in multiples of the quantizer's 32."""
-    rows = tensor.shape[0]
-    step = rows if len(tensor.shape) == 1 else max(32, _CHUNK_VALUES // tensor.shape[1] // 32 * 32)
-    for begin in range(0, rows, step):
-        yield begin, tensor.read(begin, min(begin + step, rows))
-
-
-def _quantize(tensor: MergedTensor, values: FloatArray, scheme: str, threads: int, writer: CnlWriter) -> float:
-    try:
-        packed, squared_error, _ = _core.quantize(np.ascontiguousarray(values), scheme, threads)
-    except ValueError as error:
-        raise InputError(f"{tensor.files()}: tensor {tensor.name} cannot be quantized ({error})") from None
-    writer.write(tensor.name, packed)
-    return squared_error
-
-
-def _refuse_values(tensor: MergedTensor, values: FloatArray, begin: int) -> None:
-    where = np.argwhere(~np.isfinite(values))[0]
-    value = values[tuple(where)]
-    place = f"row {begin + int(where[0])}" + (f", column {int(where[1])}" if values.ndim == 2 else "")
-    raise InputError(
-        f"{tensor.files()}: tensor {tensor.name} is {value} at {place}, expected finite numbers; the checkpoint "
-        "is damaged or its training diverged, get it again"
-    )
 
 
 def generation_defaults(plan: Plan) -> dict[str, Any]:

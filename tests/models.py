@@ -307,8 +307,12 @@ def command(*args: object, stdin: str | None = None, **kwargs: Any) -> subproces
 
 
 def convert(base: Path, out: Path, *options: object) -> Path:
-    """Converts in a subprocess, as a user does, and returns the file. Fails with the converter's words."""
-    done = command("cnllama.convert", base, "-o", out, *options)
+    """Converts in a subprocess, as a user does, and returns the file. Fails with the converter's words.
+
+    By rounding, which is quick and whose bits are the same everywhere, unless the options say otherwise.
+    """
+    plain = () if "--quantizer" in options else ("--quantizer", "rtn")
+    done = command("cnllama.convert", base, "-o", out, *plain, *options)
     assert done.returncode == 0, f"convert ended with {done.returncode}: {done.stderr[-2000:]}"
     assert out.is_file()
     return out

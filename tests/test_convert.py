@@ -52,7 +52,7 @@ def test_every_scheme_decodes_to_the_checkpoint(base: Path, tmp_path: Path, quan
     report = convert(base, [], tmp_path / "x.cnl", quant=quant)
     file = open_cnl(tmp_path / "x.cnl")
     assert file.quantization["scheme"] == report.scheme == QUANTIZATIONS[quant]
-    limit = {8: 0.006, 4: 0.12}
+    limit = {8: 0.007, 6: 0.03, 5: 0.06, 4: 0.12, 3: 0.25, 2: 0.55}
     errors = {}
     for name, original in merged_tensors(make_plan(base)):
         tensor = file.tensors[name]
@@ -65,7 +65,7 @@ def test_every_scheme_decodes_to_the_checkpoint(base: Path, tmp_path: Path, quan
         assert error < limit[_core.schemes()[tensor.scheme]["bits"]]
         assert error == pytest.approx(file.fingerprint["tensors"][name]["error"], rel=1e-3)
         errors[name] = error
-    assert report.worst_tensor == max(errors, key=lambda name: errors[name])
+    assert errors[report.worst_tensor] == pytest.approx(max(errors.values()), rel=1e-3)  # stored with 4 digits
     assert report.worst_error == pytest.approx(max(errors.values()), rel=1e-3)
 
 
@@ -87,7 +87,7 @@ def test_report_and_metadata(packed: Path, tiny_llama: Path, tmp_path: Path) -> 
 
 
 def test_chunks_do_not_change_the_file(packed: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("cnllama.convert.pack._CHUNK_VALUES", 1)
+    monkeypatch.setattr("cnllama.convert.quantize.base.CHUNK_VALUES", 1)
     convert(tiny_llama, [], tmp_path / "x.cnl", threads=2)
     assert open_cnl(tmp_path / "x.cnl").fingerprint == open_cnl(packed).fingerprint
     assert (tmp_path / "x.cnl").read_bytes() == packed.read_bytes()
@@ -232,7 +232,8 @@ def test_biases_and_tied_embeddings_are_packed(tmp_path: Path, tokenizer_model: 
 
 def test_command_writes_file_and_report(tiny_llama: Path, tmp_path: Path) -> None:
     out, report = tmp_path / "x.cnl", tmp_path / "report.json"
-    done = command("cnllama.convert", tiny_llama, "-o", out, "--quant", "q8", "--report", report, "--threads", "1")
+    options = "--quant", "q8", "--quantizer", "rtn", "--report", report, "--threads", "1"
+    done = command("cnllama.convert", tiny_llama, "-o", out, *options)
     assert done.returncode == 0, done.stderr
     assert "bits per weight" in done.stdout
     assert "peak memory" in done.stdout
@@ -260,7 +261,7 @@ def test_command_refuses_in_one_sentence(tiny_llama: Path, tmp_path: Path) -> No
         ([tiny_llama, "-o", tmp_path / "no" / "x.cnl"], "no such file or directory"),
         ([tiny_llama, "-o", tmp_path], "this is a directory"),
         ([tiny_llama, "-o", out, "--template", "vicuna"], "--template 'vicuna' is unknown, expected one of"),
-        ([tiny_llama, "-o", out, "--quant", "q3"], "invalid choice"),
+        ([tiny_llama, "-o", out, "--quant", "q9"], "the scheme 'q9' is unknown, expected one of"),
         ([tiny_llama, "-o", out, "--threads", "-1"], "--threads is -1"),
         ([tiny_llama, "-o", out, "--report", tmp_path / "no" / "x.json"], "no such file or directory"),
         ([tiny_llama, "-o", out, "--lora", tiny_llama], "this is a whole model"),

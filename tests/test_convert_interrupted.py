@@ -32,7 +32,8 @@ def test_kill_leaves_no_file(tmp_path: Path, tokenizer_model: bytes) -> None:
     base = large_checkpoint(tmp_path / "base", tokenizer_model)
     out = tmp_path / "out"
     out.mkdir()
-    arguments = [sys.executable, "-m", "cnllama.convert", str(base), "-o", str(out / "x.cnl"), "--threads", "1"]
+    options = ["-o", str(out / "x.cnl"), "--threads", "1", "--quantizer", "rtn"]
+    arguments = [sys.executable, "-m", "cnllama.convert", str(base), *options]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
@@ -70,7 +71,7 @@ def test_file_size_limit_is_one_sentence(tmp_path: Path, tiny_llama: Path) -> No
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    done = command("cnllama.convert", tiny_llama, "-o", tmp_path / "x.cnl", preexec_fn=limit)
+    done = command("cnllama.convert", tiny_llama, "-o", tmp_path / "x.cnl", "--quantizer", "rtn", preexec_fn=limit)
     assert done.returncode == 1
     assert "the file would pass the largest size allowed here" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
