@@ -18,13 +18,13 @@ import pytest
 import report
 from peers.base import OVERHEAD, Spec
 from peers.client import Client, PeerError
-from peers.gguf_header import read_gguf
 from peers.session import Session, Settings, divergence, need, waves
 from test_bench import ROOT, python
 
 from cnllama import LLM, _core, bench
 from cnllama.bench import Measure
 from cnllama.errors import InputError
+from cnllama.eval.gguf_header import read_gguf
 
 
 def spec(name: str, module: str = "hf", **changes: Any) -> Spec:

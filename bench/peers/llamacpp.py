@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from cnllama import bench
+from cnllama.eval.gguf_header import GGUF, read_gguf
 from peers.base import Engine as Base
 from peers.base import Skipped, Spec, lacks, version_of
-from peers.gguf_header import GGUF, read_gguf
 
 BATCH, UBATCH = 2048, 512  # llama.cpp's own defaults
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}

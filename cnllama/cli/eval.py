@@ -1,51 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cnllama eval ppl | kl | ceval | cmmlu: measures of a packed file that others can repeat."""
+"""cnllama eval ppl | kl | ceval | cmmlu | table: measures of a packed file that others can repeat."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
-import warnings
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnllama.container import Output
+from cnllama.cli import eval_table
+from cnllama.cli.eval_shared import Files, add_model_options, add_text_options, command, opener, read, say
 from cnllama.errors import InputError
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
     from cnllama.eval.models import Scorer
     from cnllama.eval.text_scores import Reference
-    from cnllama.eval.texts import Text
     from cnllama.format import CnlFile
-    from cnllama.llm import LLM
 
-HELP = tr("measure a .cnl: perplexity, KL against the checkpoint, C-Eval, CMMLU", "评测：困惑度、KL、C-Eval、CMMLU")
+HELP = tr("measure a .cnl: perplexity, KL, C-Eval, CMMLU; all schemes", "评测：困惑度、KL、C-Eval、CMMLU、各量化方案")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The four measures, each with its own options."""
-    verbs = parser.add_subparsers(dest="measure", required=True, metavar="ppl | kl | ceval | cmmlu")
+    """The five measures, each with its own options."""
+    verbs = parser.add_subparsers(dest="measure", required=True, metavar="ppl | kl | ceval | cmmlu | table")
     add = verbs.add_parser
     _add_ppl(add("ppl", help=tr("perplexity per token and per character", "困惑度"), allow_abbrev=False))
     _add_kl(add("kl", help=tr("divergence from the checkpoint that was packed", "与原模型的差异"), allow_abbrev=False))
     for name, title in (("ceval", "C-Eval"), ("cmmlu", "CMMLU")):
         _add_choice(add(name, help=tr(f"multiple choice: {title}", f"选择题：{title}"), allow_abbrev=False), name)
+    text = tr("a checkpoint in every weight scheme, side by side", "同一模型的各种量化方案对比")
+    eval_table.add_arguments(add("table", help=text, allow_abbrev=False))
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, writes the files that were asked for. Returns the exit code."""
-    return {"ppl": _ppl, "kl": _kl}.get(args.measure, _choice)(args)
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ctx", type=int, metavar="N", help=tr("tokens of the context", "上下文长度"))
-    parser.add_argument("--kv", default="fp16", metavar="TYPE", help=tr("fp16 or int8 cache", "缓存类型：fp16 或 int8"))
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help=tr("0: physical cores", "0：物理核数"))
-    parser.add_argument("--json", type=Path, metavar="OUT", help=tr("write the result to a file", "把结果写入文件"))
+    return {"ppl": _ppl, "kl": _kl, "table": eval_table.run}.get(args.measure, _choice)(args)
 
 
 def _add_reference_options(parser: argparse.ArgumentParser) -> None:
@@ -65,21 +55,11 @@ def _add_reference_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_text_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stride", type=int, metavar="N", help=tr("tokens a window predicts (ctx / 2)", "窗口步长"))
-    parser.add_argument(
-        "--documents",
-        action="store_true",
-        help=tr("blank lines part documents, which are scored apart", "空行分隔的文档分别评测"),
-    )
-    parser.add_argument("--chars", type=int, metavar="N", help=tr("only the first N characters", "只用前 N 个字符"))
-
-
 def _add_ppl(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help=tr("a .cnl file", ".cnl 文件"))
     parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help=tr("text or .jsonl", "文本或 .jsonl"))
-    _add_text_options(parser)
-    _add_model_options(parser)
+    add_text_options(parser)
+    add_model_options(parser)
 
 
 def _add_kl(parser: argparse.ArgumentParser) -> None:
@@ -92,8 +72,8 @@ def _add_kl(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference-logits", type=Path, metavar="IN", help=tr("use kept ones instead", "使用已保存的参考概率")
     )
-    _add_text_options(parser)
-    _add_model_options(parser)
+    add_text_options(parser)
+    add_model_options(parser)
 
 
 def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
@@ -121,17 +101,17 @@ def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
     if name == "ceval":
         add("--submission", type=Path, metavar="OUT", help=tr("the letters as C-Eval takes them", "提交文件"))
     _add_reference_options(parser)
-    _add_model_options(parser)
+    add_model_options(parser)
 
 
 def _ppl(args: argparse.Namespace) -> int:
     from cnllama.eval.text_scores import measure_perplexity
     from cnllama.format import open_cnl
 
-    with _Files(args.json) as files:
-        texts = [_read(path, args) for path in args.texts]
-        result = measure_perplexity(open_cnl(args.file), texts, _opener(args), context=args.ctx, stride=args.stride)
-        files.write_json(args.json, _command(args) | result)
+    with Files(args.json) as files:
+        texts = [read(path, args) for path in args.texts]
+        result = measure_perplexity(open_cnl(args.file), texts, opener(args), context=args.ctx, stride=args.stride)
+        files.write_json(args.json, command(args) | result)
     for row in result["texts"]:
         print(
             f"{row['text']}: perplexity {row['perplexity_per_token']:.4f} per token, "
@@ -147,20 +127,20 @@ def _kl(args: argparse.Namespace) -> int:
     from cnllama.eval.text_scores import measure_divergence
     from cnllama.format import open_cnl
 
-    with _Files(args.json) as files:
+    with Files(args.json) as files:
         file = open_cnl(args.file)
         result = measure_divergence(
             file,
-            _read(args.text, args),
-            _opener(args),
+            read(args.text, args),
+            opener(args),
             reference=_reference(args, file),
             stored=args.reference_logits,
             save=args.save_reference,
             context=args.ctx,
             stride=args.stride,
-            say=_say,
+            say=say,
         )
-        files.write_json(args.json, _command(args) | result)
+        files.write_json(args.json, command(args) | result)
     r = result
     print(
         f"{r['text']}: KL(reference || {args.file.name}) mean {r['kl_mean']:.6f} (±{r['kl_mean_standard_error']:.6f}), "
@@ -181,19 +161,19 @@ def _choice(args: argparse.Namespace) -> int:
     from cnllama.llm import bundled_model
 
     asked = getattr(args, "submission", None)
-    with _Files(args.json, args.log, asked) as files:
+    with Files(args.json, args.log, asked) as files:
         file = open_cnl(args.file or bundled_model())
         run = evaluate(
             BENCHMARKS[args.measure],
             file,
             args.data,
             _settings(args),
-            _opener(args),
+            opener(args),
             reference=_reference(args, file),
             bar=progress_bar,
-            say=_say,
+            say=say,
         )
-        files.write_json(args.json, _command(args) | run.result)
+        files.write_json(args.json, command(args) | run.result)
         if args.log:
             lines = (json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in run.answers)
             files.write(args.log, "".join(lines))
@@ -233,17 +213,6 @@ def _settings(args: argparse.Namespace) -> Any:
     )
 
 
-def _read(path: Path, args: argparse.Namespace) -> Text:
-    from cnllama.eval.texts import read_text
-
-    if args.chars is not None and args.chars < 1:
-        raise InputError(f"--chars is {args.chars}, expected 1 or more")
-    text, problems = read_text(path, args.documents, args.chars)
-    for problem in problems:
-        _say(problem)
-    return text
-
-
 def _reference(args: argparse.Namespace, file: CnlFile) -> Reference | None:
     if args.reference is None:
         if args.lora:
@@ -263,56 +232,3 @@ def _reference(args: argparse.Namespace, file: CnlFile) -> Reference | None:
         return open_reference(args.reference, args.lora, args.reference_dtype), described
 
     return open_it
-
-
-def _opener(args: argparse.Namespace) -> Any:
-    def open_llm(path: Path, context: int, sequences: int) -> LLM:
-        from cnllama.llm import LLM
-
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            llm = LLM(path, ctx=context, threads=args.threads, kv_type=args.kv, max_sequences=sequences)
-        for warning in caught:
-            _say(str(warning.message))
-        return llm
-
-    return open_llm
-
-
-def _command(args: argparse.Namespace) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    return {"command": shlex.join(args.command_line), "cnllama": version("cnllama")}
-
-
-def _say(sentence: str) -> None:
-    print(tr("cnllama: ", "cnllama：") + sentence, file=sys.stderr)
-
-
-class _Files:
-    """Results to write: opened before the work, so that a place that cannot be written is found out at once."""
-
-    def __init__(self, *paths: Path | None) -> None:
-        self._stack = ExitStack()
-        self._outputs: dict[Path, Output] = {}
-        given = [path for path in paths if path is not None]
-        if len({path.resolve() for path in given}) < len(given):
-            raise InputError(f"{given[0]}: two results are to go into one file: give them different names")
-        with self._stack:
-            for path in given:
-                self._outputs[path] = self._stack.enter_context(Output(path))
-            self._stack = self._stack.pop_all()
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def write(self, path: Path | None, text: str) -> None:
-        if path is not None:
-            self._outputs[path].write(text.encode("utf-8", "replace"), 0)
-            self._outputs[path].commit()
-
-    def write_json(self, path: Path | None, value: object) -> None:
-        self.write(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")

@@ -31,7 +31,7 @@ def stored_bytes(parts: Sequence[Window], vocab_size: int) -> int:
     return 2 * vocab_size * sum(len(window.targets) for window in parts)
 
 
-def _digest(parts: Sequence[Window]) -> str:
+def windows_digest(parts: Sequence[Window]) -> str:
     """Of everything that the rows depend on besides the model."""
     digest = hashlib.sha256()
     for window in parts:
@@ -52,7 +52,7 @@ class SavingScorer:
         counts = [len(window.targets) for window in parts]
         self._first = [0, *np.cumsum(counts).tolist()]
         shape = [self._first[-1], self.vocab_size]
-        metadata = {"format": _FORMAT, "version": _VERSION, "windows_sha256": _digest(parts), "source": source}
+        metadata = {"format": _FORMAT, "version": _VERSION, "windows_sha256": windows_digest(parts), "source": source}
         entry = {"dtype": "F16", "shape": shape, "data_offsets": [0, stored_bytes(parts, self.vocab_size)]}
         header = json.dumps({"__metadata__": metadata, _NAME: entry}, ensure_ascii=False).encode("utf-8", "replace")
         header += b" " * (-(8 + len(header)) % _ALIGNMENT)
@@ -95,7 +95,7 @@ class StoredScorer:
                 f"the log probabilities are {entry.dtype} {list(entry.shape)} and the model has {vocab_size} tokens",
                 "make them again from the checkpoint that was packed",
             )
-        if entry.shape[0] != rows or file.metadata.get("windows_sha256") != _digest(parts):
+        if entry.shape[0] != rows or file.metadata.get("windows_sha256") != windows_digest(parts):
             file.refuse(
                 f"its {entry.shape[0]:,} rows were made for another text, tokenizer, --ctx or --stride",
                 f"use the same ones, or make it again ({rows:,} rows are wanted)",

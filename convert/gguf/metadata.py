@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cnllama.errors import InputError
-from cnllama.format import CnlFile
 from cnllama.templates import TEMPLATES
 from cnllama.tokenizer import Tokenizer
 
@@ -22,10 +22,54 @@ from .container import ALIGNMENT, GgmlType, Value, boolean, float32, float32s, i
 from .sentencepiece_model import BPE, PieceType, SentencePieceModel, parse
 
 # llama.cpp's name for the type that most of the weights have.
-_FILE_TYPES = {GgmlType.F32: 0, GgmlType.F16: 1, GgmlType.Q4_0: 2, GgmlType.Q4_1: 3, GgmlType.Q8_0: 7}
+_FILE_TYPES = {
+    GgmlType.F32: 0,
+    GgmlType.F16: 1,
+    GgmlType.Q4_0: 2,
+    GgmlType.Q4_1: 3,
+    GgmlType.Q8_0: 7,
+    GgmlType.Q5_0: 8,
+    GgmlType.Q5_1: 9,
+}
 _QUANTIZATION_VERSION = 2
 
 FloatArray = npt.NDArray[np.float64]
+
+
+class Described(Protocol):
+    """A model as its metadata describe it: what a CnlFile says of itself, or what a checkpoint would be packed with."""
+
+    @property
+    def path(self) -> Path:
+        """Named in messages; its stem is the model's name."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """As in a .cnl."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+
+    @property
+    def tokenizer_model(self) -> bytes:
+        """The SentencePiece model."""
+
+    @property
+    def tokenizer(self) -> Mapping[str, Any]:
+        """The `tokenizer` metadata of a .cnl."""
+
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """The `generation` metadata of a .cnl."""
+
+    @property
+    def template(self) -> str:
+        """A name of templates.py."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """With "content_sha256" where the model has one."""
 
 
 @dataclass
@@ -37,7 +81,7 @@ class Metadata:
     warnings: list[str] = field(default_factory=list)
 
 
-def make_metadata(file: CnlFile, main_type: GgmlType) -> Metadata:
+def make_metadata(file: Described, main_type: GgmlType) -> Metadata:
     """Everything but the table of tensors. Raises InputError for a tokenizer that llama.cpp cannot reproduce."""
     result = Metadata(
         {
@@ -47,9 +91,10 @@ def make_metadata(file: CnlFile, main_type: GgmlType) -> Metadata:
             "general.alignment": uint32(ALIGNMENT),
             "general.file_type": uint32(_FILE_TYPES[main_type]),
             "general.quantization_version": uint32(_QUANTIZATION_VERSION),
-            "cnllama.content_sha256": text(file.fingerprint["content_sha256"]),
         }
     )
+    if "content_sha256" in file.fingerprint:
+        result.values["cnllama.content_sha256"] = text(file.fingerprint["content_sha256"])
     result.values |= _architecture(file.config)
     _add_rope(result, file.config)
     _add_tokenizer(result, file)
@@ -151,7 +196,7 @@ def _amplitude(scaling: Mapping[str, Any]) -> float:
     return growth + 1
 
 
-def _add_tokenizer(metadata: Metadata, file: CnlFile) -> None:
+def _add_tokenizer(metadata: Metadata, file: Described) -> None:
     model = parse(file.tokenizer_model, str(file.path))
     _check_tokenizer(model, file, metadata.warnings)
     tokenizer = Tokenizer(file.tokenizer_model, file.tokenizer)
@@ -172,7 +217,7 @@ def _add_tokenizer(metadata: Metadata, file: CnlFile) -> None:
         metadata.values["tokenizer.chat_template"] = text(jinja)
 
 
-def _check_tokenizer(model: SentencePieceModel, file: CnlFile, warnings: list[str]) -> None:
+def _check_tokenizer(model: SentencePieceModel, file: Described, warnings: list[str]) -> None:
     if model.model_type != BPE:
         raise InputError(
             f"{file.path}: its tokenizer is a SentencePiece model of type {model.model_type}, and llama.cpp cuts text "
@@ -215,7 +260,7 @@ def _vocabulary(
     return names, scores, types
 
 
-def _special_ids(file: CnlFile, tokenizer: Tokenizer) -> dict[str, int]:
+def _special_ids(file: Described, tokenizer: Tokenizer) -> dict[str, int]:
     """Ids by GGUF's name for them; those the model lacks are left out."""
     processor = load_sentencepiece(file.tokenizer_model, str(file.path))
     ends = [*file.generation["eos_token_ids"], tokenizer.eos_id]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header of a GGUF file: the metadata that a benchmark needs, and the bytes of every tensor."""
+"""The header of a GGUF file: single values of its metadata, and type and bytes of every tensor."""
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,16 @@ MAX_STRING, MAX_COUNT = 1 << 26, 1 << 26
 
 @dataclass(frozen=True)
 class GGUF:
-    """values: metadata that are single values; arrays are left out. tensors: name -> bytes."""
+    """values: metadata that are single values; arrays are left out. tensors: name -> bytes.
+
+    kinds: name -> (number of its GGML type, number of its values).
+    """
 
     path: Path
     size: int
     values: dict[str, Any]
     tensors: dict[str, int]
+    kinds: dict[str, tuple[int, int]]
 
     @property
     def type_name(self) -> str:
@@ -65,7 +70,7 @@ def read_gguf(path: Path) -> GGUF:
                 value = _value(file, _scalar(file, 4))
                 if value is not None:
                     values[key] = value
-            offsets = [_tensor(file) for _ in range(tensors)]
+            table = [_tensor(file) for _ in range(tensors)]
             alignment = values.get("general.alignment", 32)
             begin = -(-file.tell() // alignment) * alignment
     except OSError as error:
@@ -73,11 +78,12 @@ def read_gguf(path: Path) -> GGUF:
     except (ValueError, KeyError, TypeError, struct.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: the header of this GGUF file is damaged; get the file again") from error
     # A tensor ends where the next one begins: no table of types is needed.
-    ends = sorted(offset for _, offset in offsets)
+    ends = sorted(offset for _, offset, _, _ in table)
     after = dict(zip(ends, [*ends[1:], size - begin], strict=True)) if ends else {}
     if any(end < offset for offset, end in after.items()):
         raise InputError(f"{path}: the file ends before its tensors do; get it again")
-    return GGUF(path, size, values, {name: after[offset] - offset for name, offset in offsets})
+    sizes = {name: after[offset] - offset for name, offset, _, _ in table}
+    return GGUF(path, size, values, sizes, {name: (kind, count) for name, _, kind, count in table})
 
 
 def _take(file: BinaryIO, count: int) -> bytes:
@@ -115,10 +121,12 @@ def _value(file: BinaryIO, kind: int) -> Any:
     return None
 
 
-def _tensor(file: BinaryIO) -> tuple[str, int]:
+def _tensor(file: BinaryIO) -> tuple[str, int, int, int]:
+    """(name, offset, number of the type, number of values)."""
     name = _string(file)
     dimensions = _scalar(file, 4)
     if dimensions > 8:
         raise ValueError("dimensions")
-    _take(file, 8 * dimensions + 4)
-    return name, int(_scalar(file, 10))
+    count = math.prod(struct.unpack(f"<{dimensions}Q", _take(file, 8 * dimensions)))
+    kind = _scalar(file, 4)
+    return name, int(_scalar(file, 10)), int(kind), count
