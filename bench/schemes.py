@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relative quantization error of every weight scheme on random matrices: python bench/schemes.py."""
+"""Relative quantization error of every weight scheme on random matrices, largest first: python bench/schemes.py."""
 
 import argparse
 
@@ -22,12 +22,12 @@ def main() -> None:
     }
     print("| scheme | bits per weight | " + " | ".join(weights) + " |")
     print("|---|---|" + "---|" * len(weights))
-    for scheme, facts in _core.schemes().items():
+    for scheme, facts in sorted(_core.schemes().items(), key=lambda item: -item[1]["bits_per_weight"]):
         errors = []
         for matrix in weights.values():
             _, squared_error, squares = _core.quantize(matrix, scheme)
             errors.append(f"{np.sqrt(squared_error / squares):.4f}")
-        print(f"| {scheme} | {facts['bits_per_weight']:.2f} | " + " | ".join(errors) + " |")
+        print(f"| {scheme} | {facts['bits_per_weight']:g} | " + " | ".join(errors) + " |")
 
 
 if __name__ == "__main__":

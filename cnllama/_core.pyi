@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
 IntArray = npt.NDArray[np.int32]
 ByteArray = npt.NDArray[np.uint8]
 
@@ -16,11 +17,41 @@ def schemes() -> dict[str, dict[str, Any]]:
 
 def packed_bytes(scheme: str, rows: int, cols: int) -> int: ...
 def padded_rows(rows: int) -> int: ...
-def quantize(weight: FloatArray, scheme: str, threads: int = 0) -> tuple[ByteArray, float, float]:
+def quantize(
+    weight: FloatArray, scheme: str, threads: int = 0, importance: FloatArray | None = None
+) -> tuple[ByteArray, float, float]:
     """Quantizes and packs rows of a matrix; returns (packed bytes, sum of squared error, sum of squares).
 
     weight: float32 [rows, cols], finite, rows a multiple of 32 unless they are the last of the tensor.
+    importance: float32 [cols], finite and >= 0: every group of a row gets the scale (and min) of least sum of
+    importance * error^2. None counts all columns the same, and so does a group of equal values, be they 0. The returned
+    error has no weights.
+    The same bytes for every number of threads and instruction set.
     Raises ValueError for NaN or infinity (naming row and column), and for an unknown scheme.
+    """
+
+def fit_groups(
+    weight: FloatArray, scheme: str, threads: int = 0, importance: FloatArray | None = None
+) -> tuple[HalfArray, HalfArray]:
+    """The scales and mins that quantize chooses: float16 [rows, cols / group] each, mins 0 for symmetric schemes.
+
+    weight: float32 [rows, cols], cols a multiple of the group. Raises ValueError as quantize does.
+    """
+
+def pack(q: ByteArray, scales: HalfArray, mins: HalfArray, scheme: str, threads: int = 0) -> ByteArray:
+    """Packed bytes [panels, panel bytes] of integers as they are stored, the inverse of unpack.
+
+    q: uint8 [rows, cols], 0 to 2^bits - 1 (1 to 255 for 8 bits); a value is scale * (q - 2^(bits - 1)) for symmetric
+    schemes, else scale * q + min. scales, mins: float16 [rows, groups of a row, rounded up], finite; mins are zeros
+    for symmetric schemes. Raises ValueError naming row and column for other values, and for sizes that do not match.
+    """
+
+def unpack(
+    packed: ByteArray, scheme: str, rows: int, cols: int, threads: int = 0
+) -> tuple[ByteArray, HalfArray, HalfArray]:
+    """(q, scales, mins) of a packed matrix [rows, cols], as pack takes them.
+
+    Raises ValueError when sizes do not match.
     """
 
 def dequantize(
@@ -109,10 +140,17 @@ class Sampler:
         """Adds tokens (prompt or generated) to the history that the repetition penalty reads."""
 
     def sample(
-        self, logits: FloatArray, banned: Sequence[int] = (), logprobs: int = 0
+        self, logits: FloatArray, banned: Sequence[int] = (), logprobs: int = 0, ids: IntArray | None = None
     ) -> tuple[int, float, list[tuple[int, float]]]:
         """(token, its log probability, the `logprobs` most likely as (id, log probability)).
 
         The log probabilities are of the unmodified distribution, softmax(logits). `banned` ids cannot be chosen. The
         token is added to the history. Raises ValueError when logits hold NaN or no token is left.
+
+        With ids, int32 and ascending, logits[i] is that of token ids[i] and all others are impossible; logprobs is 0
+        then, and the log probability that of a distribution over these alone. The token is the one that all logits
+        give when these are the largest, as many as `needed`.
         """
+
+    def needed(self, banned: int) -> int:
+        """How many of the largest logits decide the next token when as many ids are banned; 0: all of them."""

@@ -19,13 +19,30 @@ class Scheme:
     def zero(self) -> int:
         return 0 if self.asymmetric else 1 << (self.bits - 1)
 
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of the planes of a block, low bits first."""
+        return {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}[self.bits]
 
-SCHEMES = {
-    "q4-s64": Scheme(4, 64, False),
-    "q4-a64": Scheme(4, 64, True),
-    "q4-s32": Scheme(4, 32, False),
-    "q8-s64": Scheme(8, 64, False),
-}
+    @property
+    def smallest(self) -> int:
+        """The smallest integer that is stored; the largest has all bits set."""
+        return 1 if self.bits == 8 else 0
+
+
+def scheme(name: str) -> Scheme:
+    """q4-a64: 4 bits, asymmetric, groups of 64."""
+    bits, kind = name[1:].split("-")
+    return Scheme(int(bits), int(kind[1:]), kind[0] == "a")
+
+
+# Those that matmul kernels of all instruction sets and the GPU read as they are, then those that are expanded.
+FIRST = ("q4-s64", "q4-a64", "q4-s32", "q8-s64")
+OTHERS = (
+    *("q4-s128", "q4-a128", "q8-s32", "q8-s128", "q6-s32", "q6-s64", "q6-s128", "q5-s32", "q5-s64", "q5-a64"),
+    *("q5-s128", "q5-a128", "q3-s32", "q3-s64", "q3-a64", "q3-a128", "q2-s32", "q2-a64", "q2-a128"),
+)
+SCHEMES = {name: scheme(name) for name in FIRST + OTHERS}
 
 
 def round_up(value, multiple):
@@ -60,9 +77,13 @@ def unpack(packed, scheme, rows, cols):
         scale[:, :, where] = np.repeat(halves[:, 0].transpose(0, 2, 1), s.group, axis=2)
         if s.asymmetric:
             low[:, :, where] = np.repeat(halves[:, 1].transpose(0, 2, 1), s.group, axis=2)
-        blocks = panels[:, offset + header : offset + size].reshape(len(panels), span // 32, -1, 16, 4)
-        if s.bits == 4:
-            blocks = np.concatenate([blocks & 15, blocks >> 4], axis=2)  # lines of columns 0..15, then 16..31
+        lines = panels[:, offset + header : offset + size].reshape(len(panels), span // 32, s.bits, 16, 4)
+        blocks, first = 0, 0  # blocks [panels, blocks, 8 lines of 4 columns, 16, 4]
+        for bits in s.planes:
+            plane = lines[:, :, first : first + bits]
+            parts = [plane >> at & (1 << bits) - 1 for at in range(0, 8, bits)]
+            blocks = blocks | np.concatenate(parts, axis=2) << first
+            first += bits
         q[:, :, where] = blocks.transpose(0, 3, 1, 2, 4).reshape(len(panels), 16, span)
         offset += size
     return tuple(x.reshape(padded_rows, padded_cols)[:rows] for x in (q, scale, low))
@@ -95,9 +116,13 @@ def pack(q, scale, low, scheme):
         head = np.ascontiguousarray(head).view(np.uint8).reshape(padded // 16, -1)
         parts += [head, np.zeros((padded // 16, header - head.shape[1]), np.uint8)]
         lines = full_q[:, start : start + span].reshape(padded // 16, 16, span // 32, 8, 4).transpose(0, 2, 3, 1, 4)
-        if s.bits == 4:
-            lines = lines[:, :, :4] | lines[:, :, 4:] << 4
-        parts.append(lines.reshape(padded // 16, -1))
+        first, planes = 0, []
+        for bits in s.planes:
+            plane = lines >> first & (1 << bits) - 1
+            steps = range(0, 8, bits)
+            planes.append(sum(plane[:, :, at : at + bits] << at for at in steps))
+            first += bits
+        parts.append(np.concatenate(planes, axis=2, dtype=np.uint8).reshape(padded // 16, -1))
     return np.concatenate(parts, axis=1)
 
 

@@ -15,13 +15,25 @@ import numpy as np
 
 PackedTensors = dict[str, tuple[np.ndarray, str, int, int]]
 
-# bits, columns of a group, has a min
-SCHEMES = {"q4-s64": (4, 64, False), "q4-a64": (4, 64, True), "q4-s32": (4, 32, False), "q8-s64": (8, 64, False)}
+# bits of the planes of a block, columns of a group, has a min
+SCHEMES = {
+    **{f"q8-s{group}": ((8,), group, False) for group in (32, 64, 128)},
+    **{f"q6-s{group}": ((4, 2), group, False) for group in (32, 64, 128)},
+    **{f"q5-s{group}": ((4, 1), group, False) for group in (32, 64, 128)},
+    **{f"q5-a{group}": ((4, 1), group, True) for group in (64, 128)},
+    **{f"q4-s{group}": ((4,), group, False) for group in (32, 64, 128)},
+    **{f"q4-a{group}": ((4,), group, True) for group in (64, 128)},
+    **{f"q3-s{group}": ((2, 1), group, False) for group in (32, 64)},
+    **{f"q3-a{group}": ((2, 1), group, True) for group in (64, 128)},
+    "q2-s32": ((2,), 32, False),
+    **{f"q2-a{group}": ((2,), group, True) for group in (64, 128)},
+}
 
 
 def unpack(packed: np.ndarray, scheme: str, rows: int, cols: int) -> np.ndarray:
     """float64 [rows, cols]: panels of 16 rows, superblocks of 256 columns, lines of 4 columns by 16 rows."""
-    bits, group, asymmetric = SCHEMES[scheme]
+    planes, group, asymmetric = SCHEMES[scheme]
+    bits = sum(planes)
     panels = -(-rows // 32) * 2
     width = -(-cols // group) * group
     data = np.ascontiguousarray(packed).reshape(-1).view(np.uint8).reshape(panels, -1)
@@ -35,8 +47,14 @@ def unpack(packed: np.ndarray, scheme: str, rows: int, cols: int) -> np.ndarray:
         at += -(-groups * 16 * 2 * (1 + asymmetric) // 64) * 64
         lines = data[:, at : at + blocks * 64 * bits].reshape(panels, blocks, bits, 16, 4).astype(np.int64)
         at += blocks * 64 * bits
-        values = np.stack([lines & 15, lines >> 4], axis=2) if bits == 4 else lines
-        # [panel, block, (half,) line, row, 4] -> [panel, row, block, (half,) line, 4] = [panel, row, column]
+        values = np.zeros((panels, blocks, 8, 16, 4), np.int64)  # the third index is that of four columns
+        below = 0
+        for plane in planes:
+            for four in range(8):  # a plane of p bits keeps every p-th four columns in a line
+                taken = lines[:, :, below + four % plane] >> four // plane * plane & (1 << plane) - 1
+                values[:, :, four] += taken << below
+            below += plane
+        # [panel, block, four, row, 4] -> [panel, row, block, four, 4] = [panel, row, column]
         q = np.moveaxis(values, -2, 1).reshape(panels, 16, groups, group)
         scale = np.moveaxis(table[:, 0], 1, 2)[..., None]
         offset = np.moveaxis(table[:, 1], 1, 2)[..., None] if asymmetric else -scale * (1 << (bits - 1))

@@ -15,6 +15,7 @@ import ops_reference as ref
 import pytest
 import reference
 from cnllama.convert.gguf import export as export_module
+from cnllama.convert.gguf.blocks import is_exact, own_type, to_blocks
 from cnllama.convert.gguf.container import GgmlType, GgufWriter, TensorInfo
 from cnllama.convert.gguf.export import export, gguf_name
 from cnllama.convert.gguf.sentencepiece_model import PieceType
@@ -35,12 +36,9 @@ EXACT_TYPES = {
     "q4-a64": ("q4_1",),
     "q8-s64": ("q8_0",),
 }
+# Bits of a value, and whether blocks have a min.
+GGML_KINDS = {"Q4_0": (4, False), "Q4_1": (4, True), "Q5_0": (5, False), "Q5_1": (5, True), "Q8_0": (8, False)}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Maker:
-    return Maker(tmp_path_factory.mktemp("gguf"), tokenizer_model)
 
 
 def expected_values(cnl: Path) -> dict[str, np.ndarray]:
@@ -85,6 +83,42 @@ def test_every_weight_is_the_same_float(make: Maker, tmp_path: Path, quant: str,
     assert not any(m.error for m in report.matrices)
     assert report.size == (tmp_path / "x.gguf").stat().st_size
     assert ("output.weight" in tensors) == (not config.get("tie_word_embeddings"))
+
+
+@pytest.mark.parametrize("scheme", ref.SCHEMES)
+@pytest.mark.parametrize(("rows", "cols"), [(16, 32), (48, 160), (32, 672)])
+def test_blocks_of_every_type_that_holds_a_scheme(scheme: str, rows: int, cols: int) -> None:
+    """All integers, in panels that are an odd number or end in half a group, as the package decodes them."""
+    s = ref.SCHEMES[scheme]
+    rng = np.random.default_rng(rows)
+    padded = -(-cols // s.group) * s.group
+    q = rng.integers(s.smallest, 1 << s.bits, (rows, padded)).astype(np.uint8)
+    scale, low = (rng.uniform(-1, 1, (rows, padded // s.group)).astype(np.float16) for _ in range(2))
+    packed = ref.pack(q, scale, low, scheme)
+    expected = ref.dequantize(packed, scheme, rows, cols).astype(np.float32)
+    targets = [kind for kind in GgmlType if kind is not GgmlType.F32 and is_exact(scheme, kind)]
+    wide = {8: "Q8_0", 6: "Q8_0", 5: "Q5_1" if s.asymmetric else "Q5_0"}
+    assert own_type(scheme).name == wide.get(s.bits, "Q4_1" if s.asymmetric else "Q4_0")
+    assert {kind.name for kind in targets} == {
+        kind for kind, (bits, with_min) in GGML_KINDS.items() if s.bits <= bits and (with_min or not s.asymmetric)
+    }
+    for kind in targets:
+        blocks = to_blocks(packed[: rows // 16], scheme, cols, kind)
+        assert blocks.shape == (rows, kind.row_bytes(cols))
+        decoded = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind.name])
+        np.testing.assert_array_equal(decoded, expected, err_msg=kind.name)
+
+
+@pytest.mark.parametrize(("quant", "kind"), [("q5-a64", "Q5_1"), ("q5-s128", "Q5_0"), ("q3-s32", "Q4_0")])
+def test_a_model_of_other_bits(make: Maker, tmp_path: Path, quant: str, kind: str) -> None:
+    cnl = make(quant)
+    report = export(open_cnl(cnl), tmp_path / "x.gguf")
+    metadata, tensors = read(tmp_path / "x.gguf")
+    assert metadata["general.file_type"] == {"Q5_1": 9, "Q5_0": 8, "Q4_0": 2}[kind]
+    for name, value in expected_values(cnl).items():
+        np.testing.assert_array_equal(values(tensors[name]), value, err_msg=name)
+    assert {m.type.name for m in report.matrices if m.name not in (EMBED, HEAD)} == {kind}
+    assert not any(m.error for m in report.matrices)
 
 
 def test_chunks_make_no_difference(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,4 +356,4 @@ def test_types_are_those_of_the_package() -> None:
         assert gguf.GGMLQuantizationType[kind.name] == kind
         assert (kind.block, kind.row_bytes(64 * values_in_block)) == (values_in_block, 64 * size)
     assert [int(kind) for kind in PieceType] == [1, 2, 3, 4, 5, 6]
-    assert set(_core.schemes()) == set(OWN_TYPE)
+    assert set(_core.schemes()) == set(ref.SCHEMES)

@@ -3,12 +3,13 @@
 
 A 4-bit block of ours and one of GGML hold the same 32 columns with the same two columns in a byte, and both orders are
 ascending: the conversion moves whole 32-bit words and never touches a value. Ours, by word: [line][row]; GGML's:
-[row][line]. docs/format.md has the picture.
+[row][line]. docs/format.md has the picture. Other numbers of bits are taken out of their planes and put into the
+smallest type that has room for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,14 +25,28 @@ _LINE_BYTES = 64
 
 FloatArray = npt.NDArray[np.float32]
 
-# Scale, then min, then values as words of four bytes.
+# Scale, then min, then the highest of five bits, then values as words of four bytes.
+_SCALE, _MIN, _HIGH, _NIBBLES = ("d", "<f2"), ("m", "<f2"), ("high", "<u4"), ("q", "<u4", (4,))
 RECORDS: dict[GgmlType, np.dtype[Any]] = {
-    GgmlType.Q4_0: np.dtype([("d", "<f2"), ("q", "<u4", (4,))]),
-    GgmlType.Q4_1: np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "<u4", (4,))]),
-    GgmlType.Q8_0: np.dtype([("d", "<f2"), ("q", "<u4", (8,))]),
+    GgmlType.Q4_0: np.dtype([_SCALE, _NIBBLES]),
+    GgmlType.Q4_1: np.dtype([_SCALE, _MIN, _NIBBLES]),
+    GgmlType.Q5_0: np.dtype([_SCALE, _HIGH, _NIBBLES]),
+    GgmlType.Q5_1: np.dtype([_SCALE, _MIN, _HIGH, _NIBBLES]),
+    GgmlType.Q8_0: np.dtype([_SCALE, ("q", "<u4", (8,))]),
+}
+# Bits of a value, and whether there is a min.
+_KINDS = {
+    GgmlType.Q4_0: (4, False),
+    GgmlType.Q4_1: (4, True),
+    GgmlType.Q5_0: (5, False),
+    GgmlType.Q5_1: (5, True),
+    GgmlType.Q8_0: (8, False),
 }
 # What stands nearest to a type when a matrix cannot be held exactly, and whether blocks of 32 are worth asking for.
-_QUANTIZERS = {GgmlType.Q4_0: "q4-s32", GgmlType.Q4_1: "q4-a64", GgmlType.Q8_0: "q8-s64"}
+_QUANTIZERS = {GgmlType.Q4_0: "q4-s32", GgmlType.Q4_1: "q4-a64", GgmlType.Q8_0: "q8-s32"}
+# Bits of the planes of a block.
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+_EVERY_BYTE = 0x01010101
 
 
 class Span(NamedTuple):
@@ -83,12 +98,21 @@ def split(panels: Bytes, span: Span, scheme: str) -> tuple[npt.NDArray[np.float1
 
 def is_exact(scheme: str, target: GgmlType) -> bool:
     """Whether every value of a scheme is a value of the type: the float32 that both decode to is the same."""
+    if target not in _KINDS:
+        return target is GgmlType.F32
     facts = _core.schemes()[scheme]
-    if facts["bits"] == 8:
-        return target in (GgmlType.Q8_0, GgmlType.F32)
-    if facts["asymmetric"]:
-        return target in (GgmlType.Q4_1, GgmlType.F32)
-    return target in (GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q8_0, GgmlType.F32)
+    bits, with_min = _KINDS[target]
+    return bool(facts["bits"] <= bits and (with_min or not facts["asymmetric"]))
+
+
+def own_type(scheme: str) -> GgmlType:
+    """The smallest type that holds every value of a scheme."""
+    return next(target for target in _KINDS if is_exact(scheme, target) and _KINDS[target][1] == is_asymmetric(scheme))
+
+
+def is_asymmetric(scheme: str) -> bool:
+    """Whether the groups of a scheme have a min."""
+    return bool(_core.schemes()[scheme]["asymmetric"])
 
 
 def to_blocks(panels: Bytes, scheme: str, cols: int, target: GgmlType) -> Bytes:
@@ -110,30 +134,59 @@ def to_blocks(panels: Bytes, scheme: str, cols: int, target: GgmlType) -> Bytes:
             for s in np.moveaxis(scales, 2, 0)
         )
         part["d"] = low
-        if target is GgmlType.Q4_1:
-            part["m"] = mins[0] if mins else _times_minus_eight(low)
+        if _KINDS[target][1]:
+            part["m"] = mins[0] if mins else _mins(low, _zero(facts))
         words = lines.transpose(0, 4, 1, 2, 3).reshape(len(panels), PANEL_ROWS, blocks, -1)
-        part["q"] = _words(words, int(facts["bits"]), target)
+        _put_values(part, words, facts, target)
     return out[:, :, : cols // BLOCK].reshape(len(panels) * PANEL_ROWS, -1).view(np.uint8)
 
 
-def _times_minus_eight(scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
-    """Exact, for it is a power of two, unless it leaves the range."""
+def _zero(facts: Mapping[str, Any]) -> int:
+    """The stored integer that stands for 0."""
+    return 0 if facts["asymmetric"] else 1 << (int(facts["bits"]) - 1)
+
+
+def _mins(scales: npt.NDArray[np.float16], zero: int) -> npt.NDArray[np.float16]:
+    """Of symmetric values: exact, for zero is a power of two, unless they leave the range."""
     with np.errstate(over="ignore"):
-        result = scales * np.float16(-8)
+        result = scales * np.float16(-zero)
     if not np.isfinite(result).all():
-        raise OverflowError("eight times a scale is too large for half precision")
+        raise OverflowError(f"{zero} times a scale is too large for half precision")
     return result
 
 
-def _words(words: npt.NDArray[np.uint32], bits: int, target: GgmlType) -> npt.NDArray[np.uint32]:
-    if bits == 8:
-        return words ^ np.uint32(0x80808080)  # q - 128 in two's complement
-    if target is not GgmlType.Q8_0:
-        return words
-    low = np.uint32(0x0F0F0F0F)
-    nibbles = np.ascontiguousarray(np.concatenate([words & low, words >> 4 & low], axis=-1))
-    return (nibbles.view(np.int8) - np.int8(8)).view(np.uint32)
+def _put_values(
+    part: npt.NDArray[Any], words: npt.NDArray[np.uint32], facts: Mapping[str, Any], target: GgmlType
+) -> None:
+    """Fills in q (and high) of records [...] from the lines of their blocks, words [..., lines]."""
+    bits, target_bits = int(facts["bits"]), _KINDS[target][0]
+    if bits == target_bits and bits in (4, 8):
+        part["q"] = words if bits == 4 else words ^ np.uint32(_EVERY_BYTE * 0x80)  # two's complement
+        return
+    values = _values(words, bits)
+    if target_bits == 8:
+        part["q"] = (values.view(np.uint8) - np.uint8(_zero(facts))).view(np.uint32)
+        return
+    if not _KINDS[target][1]:
+        values += np.uint32(_EVERY_BYTE * ((1 << target_bits - 1) - _zero(facts)))
+    nibbles = values & np.uint32(_EVERY_BYTE * 15)
+    part["q"] = nibbles[..., :4] | nibbles[..., 4:] << np.uint32(4)
+    if target_bits == 5:
+        high = np.packbits(values.view(np.uint8) >> np.uint8(4), axis=-1, bitorder="little")
+        part["high"] = high.view(np.uint32)[..., 0]
+
+
+def _values(words: npt.NDArray[np.uint32], bits: int) -> npt.NDArray[np.uint32]:
+    """Lines of blocks [..., lines] as values, four neighbouring columns in the bytes of a word: [..., 8]."""
+    result = np.zeros((*words.shape[:-1], 8), np.uint32)
+    below = 0
+    for plane in _PLANES[bits]:
+        mask = np.uint32(_EVERY_BYTE * ((1 << plane) - 1))
+        for first in range(0, 8, plane):
+            part = words[..., below : below + plane] >> np.uint32(first) & mask
+            result[..., first : first + plane] |= part << np.uint32(below)
+        below += plane
+    return result
 
 
 def nearest(values: FloatArray, target: GgmlType) -> tuple[Bytes, float, float]:

@@ -20,7 +20,7 @@ from cnllama.container import Bytes
 from cnllama.errors import InputError
 from cnllama.format import CnlFile, TensorEntry
 
-from .blocks import BLOCK, PANEL_ROWS, is_exact, nearest, to_blocks
+from .blocks import BLOCK, PANEL_ROWS, is_exact, nearest, own_type, to_blocks
 from .container import GgmlType, GgufWriter, TensorInfo
 from .metadata import make_metadata
 
@@ -82,8 +82,7 @@ def choose_type(tensor: TensorEntry, wanted: GgmlType | None) -> GgmlType:
     """
     if tensor.scheme == "f32":
         return GgmlType.F32
-    facts = _core.schemes()[tensor.scheme]
-    own = GgmlType.Q8_0 if facts["bits"] == 8 else GgmlType.Q4_1 if facts["asymmetric"] else GgmlType.Q4_0
+    own = own_type(tensor.scheme)
     chosen = own if wanted is None else wanted
     if tensor.name in (EMBEDDING, LM_HEAD) and chosen in (GgmlType.Q4_0, GgmlType.Q4_1):
         chosen = own

@@ -13,32 +13,34 @@
 
 namespace cnl::cpu {
 
-inline constexpr int kLanes = 16;         // rows of a panel, floats of a vector
-inline constexpr int kTileTokens = 6;     // tokens a matmul kernel holds in registers beside two panels
-inline constexpr int kStreamTokens = 12;  // and beside one
-inline constexpr int kPairRows = 32;      // rows of two panels: the unit of work of a matmul
-inline constexpr int kSpan = 256;         // columns that share an activation scale: a superblock of the weights
-inline constexpr int kChunkKeys = 256;    // keys of one attention chunk
-inline constexpr int kPageKeys = 64;      // positions of a cache page
-inline constexpr int kSchemeCount = 4;
+inline constexpr int kLanes = 16;            // rows of a panel, floats of a vector
+inline constexpr int kTileTokens = 6;        // tokens a matmul kernel holds in registers beside two panels
+inline constexpr int kStreamTokens = 12;     // and beside one
+inline constexpr int kPairRows = 32;         // rows of two panels: the unit of work of a matmul
+inline constexpr int kSpan = 256;            // columns that share an activation scale: a superblock of the weights
+inline constexpr int kChunkKeys = 256;       // keys of one attention chunk
+inline constexpr int kPageKeys = 64;         // positions of a cache page
 inline constexpr int kPrefetchBytes = 8192;  // how far ahead kernels that stream weights ask for them
 
-/// The schemes of layout.hpp in their order, restated because kernel files cannot include it; matmul.cpp asserts that
-/// the two agree.
-struct SchemeShape {
+/// What the matmul kernels multiply: the schemes of layout.hpp with 4 and 8 bits, and shapes of 8 bits to which the
+/// others are expanded (ExpandSuperblock). A byte of 8 bits is the value + 128 even where a min is beside; no file has
+/// that shape.
+struct WeightShape {
     int bits, group;
     bool asymmetric;
 };
-inline constexpr SchemeShape kSchemeShapes[kSchemeCount] = {
-    {4, 64, false}, {4, 64, true}, {4, 32, false}, {8, 64, false}};
+inline constexpr int kShapeCount = 9;
+inline constexpr WeightShape kShapes[kShapeCount] = {{4, 64, false},  {4, 64, true},  {4, 32, false},
+                                                     {8, 64, false},  {8, 32, false}, {8, 64, true},
+                                                     {4, 128, false}, {4, 128, true}, {8, 128, false}};
 
 /// c += W a over a range of whole superblocks, for one panel and 1 .. 12 tokens or two neighbouring ones and 1 .. 6.
 struct MatmulTile {
     const std::uint8_t* weights;  // the range's first superblock in the first panel
     std::int64_t panel_bytes;     // from there to the same superblock of the second panel
-    std::int64_t cols;            // of the range, a multiple of the group; only a matrix's last superblock is short
+    std::int64_t cols;            // of the range, a multiple of 64 or of the group; only the last superblock is short
     const std::int8_t* values;    // [cols / 32][tokens][32]
-    const std::int32_t* sums;     // [cols / group][tokens]: two int16, see QuantizeSpan
+    const std::int32_t* sums;     // [cols / 32 or 64][tokens]: two int16, see QuantizeSpan
     const float* whole64;         // [cols / 64][tokens]: whole sums, for the mins of asymmetric weights
     const float* scales;          // [superblocks][tokens]
     float* c;                     // [tokens][kPairRows]
@@ -46,6 +48,19 @@ struct MatmulTile {
     // of every group this many bytes from the present one, and all activations.
     std::int64_t weights_ahead, values_ahead;
     int ask_begin, ask_end;
+};
+
+/// A superblock of a scheme without matmul kernels, to be written in the shape of 8 bits that stands for it.
+struct ExpandSuperblock {
+    const std::uint8_t* from;
+    std::uint8_t* to;            // both aligned to 64 bytes
+    int bits;                    // of the scheme: 2, 3, 5 or 6
+    int offset;                  // to be added to every value
+    int blocks;                  // of 32 columns to write
+    int from_header, to_header;  // bytes before the blocks
+    int from_groups, to_groups;  // scales of a row
+    int repeat;                  // how often each scale is written
+    bool asymmetric;
 };
 
 /// One token's 256 columns (or the last, shorter ones): x -> int8. `tokens` is the stride of the tile's arrays.
@@ -88,22 +103,24 @@ struct AttentionChunk {
 
 /// 16 rows of one group of columns -> q. Transposed: element (column k, row r) at [k * 16 + r].
 struct QuantizeGroup {
-    const float* w;  // [cols][16]
-    int cols;        // 1 .. group
+    const float* w;           // [cols][16]
+    const float* importance;  // [cols] weights of the squared errors, not all of them 0; null: all are 1
+    int cols;                 // 1 .. group
     int bits;
     bool asymmetric;
     std::uint8_t* q;       // [cols][16]
     std::uint16_t* scale;  // [16] fp16
     std::uint16_t* min;    // [16] fp16, asymmetric only
-    float* error;          // [16] sum of squared errors
+    float* error;          // [16] sum of squared errors, importance left out
 };
 
 struct Kernels {
     const char* name;
-    /// One panel that is read once, from memory: [scheme][tokens - 1].
-    void (*stream_panel[kSchemeCount][kStreamTokens])(const MatmulTile&);
+    /// One panel that is read once, from memory: [shape][tokens - 1].
+    void (*stream_panel[kShapeCount][kStreamTokens])(const MatmulTile&);
     /// Two panels that one call after the other reads.
-    void (*pair[kSchemeCount][kTileTokens])(const MatmulTile&);
+    void (*pair[kShapeCount][kTileTokens])(const MatmulTile&);
+    void (*expand)(const ExpandSuperblock&);
     /// 1 / sqrt(mean(x^2) + eps)
     float (*rms_factor)(const float* x, std::int64_t cols, float eps);
     void (*quantize_span)(const QuantizeSpan&);

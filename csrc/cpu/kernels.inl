@@ -5,17 +5,21 @@
 #include "kernels_float.inl"
 // after the functions above
 #include "kernels_attention.inl"
+#include "kernels_expand.inl"
 #include "kernels_matmul.inl"
 #include "kernels_quantize.inl"
 
-#define CNL_TO_6(kernel, scheme) \
-    kernel<scheme, 1>, kernel<scheme, 2>, kernel<scheme, 3>, kernel<scheme, 4>, kernel<scheme, 5>, kernel<scheme, 6>
-#define CNL_TO_12(kernel, scheme)                                                                          \
-    CNL_TO_6(kernel, scheme), kernel<scheme, 7>, kernel<scheme, 8>, kernel<scheme, 9>, kernel<scheme, 10>, \
-        kernel<scheme, 11>, kernel<scheme, 12>
-#define CNL_SCHEMES(list, kernel)                                                    \
-    {                                                                                \
-        {list(kernel, 0)}, {list(kernel, 1)}, {list(kernel, 2)}, { list(kernel, 3) } \
+#define CNL_TO_6(kernel, shape) \
+    kernel<shape, 1>, kernel<shape, 2>, kernel<shape, 3>, kernel<shape, 4>, kernel<shape, 5>, kernel<shape, 6>
+#define CNL_TO_12(kernel, shape)                                                                      \
+    CNL_TO_6(kernel, shape), kernel<shape, 7>, kernel<shape, 8>, kernel<shape, 9>, kernel<shape, 10>, \
+        kernel<shape, 11>, kernel<shape, 12>
+#define CNL_SHAPES(list, kernel)                                                                       \
+    {                                                                                                  \
+        {list(kernel, 0)}, {list(kernel, 1)}, {list(kernel, 2)}, {list(kernel, 3)}, {list(kernel, 4)}, \
+            {list(kernel, 5)}, {list(kernel, 6)}, {list(kernel, 7)}, {                                 \
+            list(kernel, 8)                                                                            \
+        }                                                                                              \
     }
 
 inline std::uint64_t read_lines(const std::uint8_t* lines, std::int64_t count) {
@@ -34,8 +38,9 @@ inline std::uint64_t read_lines(const std::uint8_t* lines, std::int64_t count) {
 
 constexpr Kernels make_table(const char* name) {
     return {name,
-            CNL_SCHEMES(CNL_TO_12, stream_panel),
-            CNL_SCHEMES(CNL_TO_6, pair),
+            CNL_SHAPES(CNL_TO_12, stream_panel),
+            CNL_SHAPES(CNL_TO_6, pair),
+            expand,
             rms_factor,
             quantize_span,
             swiglu,
@@ -51,6 +56,6 @@ constexpr Kernels make_table(const char* name) {
             read_lines};
 }
 
-#undef CNL_SCHEMES
+#undef CNL_SHAPES
 #undef CNL_TO_12
 #undef CNL_TO_6

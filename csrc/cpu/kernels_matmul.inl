@@ -8,13 +8,16 @@
 // registers; c is visited once a superblock only, so it may lie in memory and the columns may be cut there.
 
 /// A stream (kStream) asks for its own lines ahead, in dot_group. Else the lines of the next call are asked for here.
-template <int kScheme, int N, int M, bool kStream>
+template <int kIndex, int N, int M, bool kStream>
 inline void multiply(const MatmulTile& t) {
-    constexpr SchemeShape kShape = kSchemeShapes[kScheme];
+    constexpr WeightShape kShape = kShapes[kIndex];
     constexpr bool kAsym = kShape.asymmetric;
-    constexpr int kBlocks = kShape.group / 32;
-    constexpr int kGroupBytes = 16 * kShape.group * kShape.bits / 8;
-    static_assert(!kAsym || kShape.group == 64, "the whole sums are those of 64 columns");
+    // A group of 128 is two of 64 with one scale.
+    constexpr int kPerScale = kShape.group > 64 ? kShape.group / 64 : 1;
+    constexpr int kColumns = kShape.group / kPerScale;
+    constexpr int kBlocks = kColumns / 32;
+    constexpr int kGroupBytes = 16 * kColumns * kShape.bits / 8;
+    static_assert(!kAsym || kColumns == 64, "the whole sums are those of 64 columns");
 
     const std::uint8_t* w[N];
 #pragma GCC unroll 2
@@ -25,8 +28,9 @@ inline void multiply(const MatmulTile& t) {
     const float* a_scales = t.scales;
 
     for (std::int64_t left = t.cols; left > 0; left -= kSpan, a_scales += M) {
-        const int groups = static_cast<int>(left < kSpan ? left : kSpan) / kShape.group;
-        const int header = (groups * 32 * (kAsym ? 2 : 1) + 63) / 64 * 64;
+        const int groups = static_cast<int>(left < kSpan ? left : kSpan) / kColumns;
+        const int scales = (groups + kPerScale - 1) / kPerScale;
+        const int header = (scales * 32 * (kAsym ? 2 : 1) + 63) / 64 * 64;
         const std::uint8_t* lines[N];
         f32x16 f[N][M];
 #pragma GCC unroll 2
@@ -46,17 +50,17 @@ inline void multiply(const MatmulTile& t) {
                 for (int i = 0; i < kBlocks * 32 * M; i += 64) prefetch(a + t.values_ahead + i);
             }
             i32x16 sum[N][M];
-            dot_group<kShape.bits, kBlocks, kAsym, N, M, kStream>(lines, a, sums, sum);
+            dot_group<kShape.bits, kBlocks, kAsym && kShape.bits == 4, N, M, kStream>(lines, a, sums, sum);
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) {
-                const f32x16 scale = load_half(w[n] + g * 32);
+                const f32x16 scale = load_half(w[n] + g / kPerScale * 32);
 #pragma GCC unroll 12
                 for (int m = 0; m < M; ++m) f[n][m] = fma(to_f32(sum[n][m]), scale, f[n][m]);
             }
             if constexpr (kAsym) {
                 f32x16 min_w[N];
 #pragma GCC unroll 2
-                for (int n = 0; n < N; ++n) min_w[n] = load_half(w[n] + (groups + g) * 32);
+                for (int n = 0; n < N; ++n) min_w[n] = load_half(w[n] + (scales + g / kPerScale) * 32);
 #pragma GCC unroll 12
                 for (int m = 0; m < M; ++m) {
                     const f32x16 a_sum = bcast(a_sums[m]);
@@ -82,20 +86,20 @@ inline void multiply(const MatmulTile& t) {
     }
 }
 
-template <int kScheme, int M>
+template <int kIndex, int M>
 void stream_panel(const MatmulTile& t) {
-    multiply<kScheme, 1, M, true>(t);
+    multiply<kIndex, 1, M, true>(t);
 }
 
-template <int kScheme, int M>
+template <int kIndex, int M>
 void pair(const MatmulTile& t) {
     if constexpr (kPanels == 2) {
-        multiply<kScheme, 2, M, false>(t);
+        multiply<kIndex, 2, M, false>(t);
     } else {
         MatmulTile panel = t;
-        multiply<kScheme, 1, M, false>(panel);
+        multiply<kIndex, 1, M, false>(panel);
         panel.weights += t.panel_bytes;
         panel.c += kLanes;
-        multiply<kScheme, 1, M, false>(panel);
+        multiply<kIndex, 1, M, false>(panel);
     }
 }

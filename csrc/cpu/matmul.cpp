@@ -6,6 +6,8 @@
 // cut so that the pair's weights and one tile's activations stay in the first cache while all tiles of a block of
 // tokens pass, each of which asks for its share of the next cut's weights; the next cut adds to c. Neither changes a
 // bit, because a cut lies between superblocks, where c is visited anyway.
+//
+// Schemes without kernels of their own are expanded to 8 bits, a cut of a pair at a time.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -21,32 +23,58 @@ namespace {
 
 using cpu::kPairRows, cpu::kSpan, cpu::kTileTokens;
 
-constexpr bool schemes_agree() {
-    if (layout::kSchemes.size() != cpu::kSchemeCount) return false;
-    for (std::size_t i = 0; i < layout::kSchemes.size(); ++i) {
-        const layout::Scheme& a = layout::kSchemes[i];
-        const cpu::SchemeShape& b = cpu::kSchemeShapes[i];
-        if (a.bits != b.bits || a.group != b.group || a.asymmetric != b.asymmetric) return false;
-    }
+/// The kernels that multiply a scheme: those of its own shape, or of the 8 bits to which it is expanded.
+struct Road {
+    int shape = -1;  // index into cpu::kShapes
+    bool expanded = false;
+};
+
+constexpr Road road_of(const layout::Scheme& scheme) {
+    const auto find = [](int bits, int group, bool asymmetric) {
+        for (int i = 0; i < cpu::kShapeCount; ++i) {
+            const cpu::WeightShape& shape = cpu::kShapes[i];
+            if (shape.bits == bits && shape.group == group && shape.asymmetric == asymmetric) return i;
+        }
+        return -1;
+    };
+    const int own = find(scheme.bits, scheme.group, scheme.asymmetric);
+    if (own >= 0) return {own, false};
+    return {find(8, std::min(scheme.group, 64), scheme.asymmetric), true};
+}
+
+constexpr std::array<Road, layout::kSchemes.size()> kRoads = [] {
+    std::array<Road, layout::kSchemes.size()> roads;
+    for (std::size_t i = 0; i < roads.size(); ++i) roads[i] = road_of(layout::kSchemes[i]);
+    return roads;
+}();
+const Road& road_of(const Weight& w) { return kRoads[static_cast<std::size_t>(w.scheme - layout::kSchemes.data())]; }
+
+constexpr bool layouts_agree() {
+    for (const Road& road : kRoads)
+        if (road.shape < 0) return false;
     return layout::kRowAlign == kPairRows && layout::kPanelRows == cpu::kLanes && layout::kSuperblock == kSpan;
 }
-static_assert(schemes_agree(), "isa.hpp restates layout.hpp");
+static_assert(layouts_agree(), "isa.hpp restates layout.hpp, and every scheme needs a way to be multiplied");
 
 constexpr std::int64_t kMaxBlockTiles = 26;       // 156 tokens: c is 20 KB
 constexpr std::int64_t kBlockBytes = 600 * 1024;  // activations of a block of tokens: the second cache
 constexpr std::int64_t kChunkBytes = 20 * 1024;   // weights of a pair between two cuts: the first cache
 constexpr std::int64_t kPieceBytes = 128 * 1024;  // weights a thread takes at a time in decode
+constexpr std::int64_t kExpandedSupers = 2;       // superblocks of a panel expanded at a time: 17 KB of a pair
+constexpr std::int64_t kExpandedBytes = 4352;     // of the largest of them: 8 bits in groups of 32, or with mins
 
-int scheme_index(const Weight& w) { return static_cast<int>(w.scheme - layout::kSchemes.data()); }
 std::int64_t pairs_of(const Weight& w) { return layout::padded_rows(w.rows) / kPairRows; }
 
-cpu::MatmulTile tile_at(const ActivationData& a, const Tiles& tiles, std::int64_t tile, int group) {
-    const std::int64_t begin = tiles.begin(tile), padded = ActivationData::padded(a.cols);
+/// A tile's activations from column `col` on, a multiple of kSpan.
+cpu::MatmulTile tile_at(const ActivationData& a, const Tiles& tiles, std::int64_t tile, int group,
+                        std::int64_t col = 0) {
+    const std::int64_t begin = tiles.begin(tile), size = tiles.size(tile), padded = ActivationData::padded(a.cols);
+    const std::int32_t* sums = group == 32 ? a.sums32.get() : a.sums64.get();
     cpu::MatmulTile t{};
-    t.values = a.values.get() + begin * padded;
-    t.sums = group == 32 ? a.sums32.get() + begin * padded / 32 : a.sums64.get() + begin * padded / 64;
-    t.whole64 = a.whole64.get() + begin * padded / 64;
-    t.scales = a.scales.get() + begin * ActivationData::spans(a.cols);
+    t.values = a.values.get() + begin * padded + col * size;
+    t.sums = sums + begin * padded / (group == 32 ? 32 : 64) + col / (group == 32 ? 32 : 64) * size;
+    t.whole64 = a.whole64.get() + begin * padded / 64 + col / 64 * size;
+    t.scales = a.scales.get() + begin * ActivationData::spans(a.cols) + col / kSpan * size;
     return t;
 }
 
@@ -54,52 +82,177 @@ const std::uint8_t* pair_data(const Weight& w, std::int64_t pair) {
     return w.data + pair * 2 * layout::panel_bytes(*w.scheme, w.cols);
 }
 
+/// Where after this tile's activations those of the next call lie: of the next tile, or of the first at the next cut.
+std::int64_t values_ahead(const ActivationData& a, const Tiles& tiles, std::int64_t tile, std::int64_t first,
+                          std::int64_t last, std::int64_t col, std::int64_t next_col, const std::int8_t* values) {
+    const std::int64_t after = tile + 1 < last ? tile + 1 : first;
+    const std::int64_t ahead_col = tile + 1 < last ? col : next_col;
+    return a.values.get() + tiles.begin(after) * ActivationData::padded(a.cols) + ahead_col * tiles.size(after) -
+           values;
+}
+
+constexpr layout::Scheme as_scheme(const cpu::WeightShape& shape) {
+    return {"", shape.bits, shape.group, shape.asymmetric};
+}
+
+constexpr bool expansions_exist() {
+    for (std::size_t i = 0; i < kRoads.size(); ++i) {
+        if (!kRoads[i].expanded) continue;
+        const int bits = layout::kSchemes[i].bits;
+        if (bits != 2 && bits != 3 && bits != 5 && bits != 6) return false;
+        if (layout::superblock_bytes(as_scheme(cpu::kShapes[kRoads[i].shape]), kSpan) > kExpandedBytes) return false;
+    }
+    return true;
+}
+static_assert(expansions_exist());
+
+/// Superblocks of a matrix in the 8-bit shape that its scheme is expanded to. All divisions are done once.
+class Expansion {
+ public:
+    Expansion(const Weight& w, const cpu::WeightShape& shape) {
+        const layout::Scheme& from = *w.scheme;
+        const layout::Scheme to = as_scheme(shape);
+        const std::int64_t padded = layout::padded_cols(from, w.cols);
+        cols = layout::padded_cols(to, w.cols);
+        from_bytes_ = layout::superblock_bytes(from, kSpan);
+        to_bytes_ = layout::superblock_bytes(to, kSpan);
+        full_ = superblock(from, to, kSpan, kSpan);
+        // Of a last group of 128 the activations may have the first half only.
+        if (cols % kSpan) last_ = superblock(from, to, padded % kSpan ? padded % kSpan : kSpan, cols % kSpan);
+    }
+
+    /// Columns col .. col + count, whole superblocks, of a panel.
+    void run(const std::uint8_t* panel, std::int64_t col, std::int64_t count, std::uint8_t* out) const {
+        const cpu::Kernels& kernels = cpu::kernels();
+        panel += col / kSpan * from_bytes_;
+        for (; count > 0; count -= kSpan, panel += from_bytes_, out += to_bytes_) {
+            cpu::ExpandSuperblock s = count >= kSpan ? full_ : last_;
+            s.from = panel;
+            s.to = out;
+            kernels.expand(s);
+        }
+    }
+    /// Bytes of `count` columns, where none or the last superblock is short.
+    std::int64_t bytes(std::int64_t count) const { return (count + kSpan - 1) / kSpan * to_bytes_; }
+
+    std::int64_t cols;
+
+ private:
+    static cpu::ExpandSuperblock superblock(const layout::Scheme& from, const layout::Scheme& to,
+                                            std::int64_t from_span, std::int64_t to_span) {
+        cpu::ExpandSuperblock s{};
+        s.bits = from.bits;
+        s.offset = 128 - from.zero();
+        s.blocks = static_cast<int>(to_span / layout::kBlock);
+        s.from_header = static_cast<int>(layout::header_bytes(from, from_span));
+        s.to_header = static_cast<int>(layout::header_bytes(to, to_span));
+        s.from_groups = static_cast<int>(from_span / from.group);
+        s.to_groups = static_cast<int>(to_span / to.group);
+        s.repeat = from.group / to.group;
+        s.asymmetric = from.asymmetric;
+        return s;
+    }
+
+    std::int64_t from_bytes_, to_bytes_;
+    cpu::ExpandSuperblock full_, last_{};
+};
+
+/// One tile of all tokens, one superblock after the other: longer pieces, or two panels in turn, read memory slower.
+void stream_expanded(const ActivationData& a, const Tiles& tiles, const Expansion& expansion, int index,
+                     const std::uint8_t* panel, float* c) {
+    alignas(64) std::uint8_t expanded[kExpandedBytes];
+    const cpu::Kernels& kernels = cpu::kernels();
+    const int group = cpu::kShapes[index].group, groups = static_cast<int>(kSpan) / group;
+    cpu::MatmulTile t = tile_at(a, tiles, 0, group);
+    t.weights = expanded;
+    t.c = c;
+    for (std::int64_t col = 0; col < expansion.cols; col += kSpan) {
+        t.cols = std::min<std::int64_t>(kSpan, expansion.cols - col);
+        expansion.run(panel, col, t.cols, expanded);
+        kernels.stream_panel[index][a.m - 1](t);
+        t.values += kSpan * a.m;
+        t.sums += groups * a.m;
+        t.whole64 += kSpan / 64 * a.m;
+        t.scales += a.m;
+    }
+}
+
+/// multiply_pair for a scheme that is expanded; c is zero.
+void multiply_expanded(const ActivationData& a, const Tiles& tiles, const Weight& w, std::int64_t pair,
+                       std::int64_t first, std::int64_t last, float* c) {
+    const int index = road_of(w).shape;
+    const Expansion expansion(w, cpu::kShapes[index]);
+    const std::uint8_t* weights = pair_data(w, pair);
+    const std::int64_t panel = layout::panel_bytes(*w.scheme, w.cols), step = kExpandedSupers * kSpan;
+    if (tiles.count == 1) {
+        stream_expanded(a, tiles, expansion, index, weights, c);
+        stream_expanded(a, tiles, expansion, index, weights + panel, c + cpu::kLanes);
+        return;
+    }
+    alignas(64) std::uint8_t expanded[2 * kExpandedSupers * kExpandedBytes];
+    for (std::int64_t col = 0; col < expansion.cols; col += step) {
+        const std::int64_t count = std::min(step, expansion.cols - col), bytes = expansion.bytes(count);
+        expansion.run(weights, col, count, expanded);
+        expansion.run(weights + panel, col, count, expanded + bytes);
+        for (std::int64_t tile = first; tile < last; ++tile) {
+            cpu::MatmulTile t = tile_at(a, tiles, tile, cpu::kShapes[index].group, col);
+            t.weights = expanded;
+            t.panel_bytes = bytes;
+            t.cols = count;
+            t.c = c + (tiles.begin(tile) - tiles.begin(first)) * kPairRows;
+            t.ask_begin = t.ask_end = 1;  // for no weights: they are here
+            t.values_ahead =
+                values_ahead(a, tiles, tile, first, last, col, col + step < expansion.cols ? col + step : 0, t.values);
+            cpu::kernels().pair[index][tiles.size(tile) - 1](t);
+        }
+    }
+}
+
 /// c [tokens of tiles first .. last][32] = the pair's rows times these tokens. `next` is the pair that follows.
 void multiply_pair(const ActivationData& a, const Tiles& tiles, const Weight& w, std::int64_t pair, std::int64_t first,
                    std::int64_t last, const std::uint8_t* next, float* c) {
     const layout::Scheme& scheme = *w.scheme;
-    const int index = scheme_index(w);
+    const Road road = road_of(w);
     const cpu::Kernels& kernels = cpu::kernels();
-    const std::int64_t cols = layout::padded_cols(scheme, w.cols), panel = layout::panel_bytes(scheme, w.cols);
-    const std::int64_t superblock = layout::superblock_bytes(scheme, kSpan), origin = tiles.begin(first);
-    const std::int64_t padded = ActivationData::padded(a.cols);
+    const std::int64_t panel = layout::panel_bytes(scheme, w.cols), origin = tiles.begin(first);
+    const std::int64_t superblock = layout::superblock_bytes(scheme, kSpan);
+    // Of a group of 128 the activations may have the first half only.
+    const std::int64_t group = std::min(scheme.group, 64), cols = layout::round_up(w.cols, group);
     const std::uint8_t* weights = pair_data(w, pair);
     const std::int64_t tokens = tiles.begin(last - 1) + tiles.size(last - 1) - origin;
     std::memset(c, 0, static_cast<std::size_t>(tokens * kPairRows) * sizeof(float));
-
+    if (road.expanded) {
+        multiply_expanded(a, tiles, w, pair, first, last, c);
+        return;
+    }
     if (tiles.count == 1) {
         cpu::MatmulTile t = tile_at(a, tiles, 0, scheme.group);
         t.cols = cols;
         for (int i = 0; i < 2; ++i) {
             t.weights = weights + i * panel;
             t.c = c + i * cpu::kLanes;
-            kernels.stream_panel[index][tokens - 1](t);
+            kernels.stream_panel[road.shape][tokens - 1](t);
         }
         return;
     }
     const std::int64_t step = std::max<std::int64_t>(1, kChunkBytes / (2 * superblock)) * kSpan;
-    const std::int64_t lines = layout::block_bytes(scheme) * scheme.group / layout::kBlock / layout::kLineBytes;
+    const std::int64_t lines = layout::block_bytes(scheme) * group / layout::kBlock / layout::kLineBytes;
     for (std::int64_t col = 0; col < cols; col += step) {
         const std::uint8_t* now = weights + col / kSpan * superblock;
         const std::uint8_t* then = col + step < cols ? now + step / kSpan * superblock : next;
         for (std::int64_t tile = first; tile < last; ++tile) {
             const std::int64_t size = tiles.size(tile), turn = tile - first;
-            cpu::MatmulTile t = tile_at(a, tiles, tile, scheme.group);
+            cpu::MatmulTile t = tile_at(a, tiles, tile, scheme.group, col);
             t.weights = now;
             t.weights_ahead = then - now;
             t.ask_begin = static_cast<int>(lines * turn / (last - first));
             t.ask_end = static_cast<int>(lines * (turn + 1) / (last - first));
             t.panel_bytes = panel;
             t.cols = std::min(step, cols - col);
-            t.values += col * size;
-            t.sums += col / scheme.group * size;
-            t.whole64 += col / 64 * size;
-            t.scales += col / kSpan * size;
             t.c = c + (tiles.begin(tile) - origin) * kPairRows;
-            const std::int64_t after = tile + 1 < last ? tile + 1 : first;
-            const std::int64_t ahead_col = tile + 1 < last ? col : col + step < cols ? col + step : 0;
-            t.values_ahead = a.values.get() + tiles.begin(after) * padded + ahead_col * tiles.size(after) - t.values;
-            kernels.pair[index][size - 1](t);
+            t.values_ahead =
+                values_ahead(a, tiles, tile, first, last, col, col + step < cols ? col + step : 0, t.values);
+            kernels.pair[road.shape][size - 1](t);
         }
     }
 }

@@ -37,43 +37,60 @@ void check_scales(const std::uint16_t* halves, std::int64_t row, std::int64_t co
                                         " and after it need a scale beyond fp16 (65504); the checkpoint is damaged");
 }
 
-/// One panel of 16 rows, group by group: transpose, fit, pack.
-class PanelQuantizer {
+constexpr int kMaxGroup = 128;
+constexpr bool groups_fit() {
+    for (const layout::Scheme& scheme : layout::kSchemes)
+        if (scheme.group > kMaxGroup) return false;
+    return true;
+}
+static_assert(groups_fit());
+
+/// Fits the groups of a matrix, 16 rows at a time.
+class GroupFitter {
  public:
-    PanelQuantizer(const layout::Scheme& scheme, const float* weight, std::int64_t rows, std::int64_t cols)
-        : scheme_(scheme), weight_(weight), rows_(rows), cols_(cols) {}
+    GroupFitter(const layout::Scheme& scheme, const float* weight, std::int64_t rows, std::int64_t cols,
+                const float* importance)
+        : scheme_(scheme), weight_(weight), rows_(rows), cols_(cols), importance_(importance) {}
 
-    QuantizeError run(std::int64_t panel, std::uint8_t* out) {
-        const std::int64_t padded = layout::padded_cols(scheme_, cols_);
-        QuantizeError total;
-        for (std::int64_t start = 0; start < padded; start += kSuperblock) {
-            const std::int64_t span = std::min(kSuperblock, padded - start);
-            const std::int64_t groups = span / scheme_.group, header = layout::header_bytes(scheme_, span);
-            std::memset(out, 0, static_cast<std::size_t>(header));
-            for (std::int64_t g = 0; g < groups; ++g) {
-                const std::int64_t col = start + g * scheme_.group;
-                fit(panel * kPanelRows, col, total);
-                std::memcpy(out + g * 32, scales_, 32);
-                if (scheme_.asymmetric) std::memcpy(out + (groups + g) * 32, mins_, 32);
-                std::uint8_t* block = out + header + g * scheme_.group / kBlock * layout::block_bytes(scheme_);
-                for (int b = 0; b < scheme_.group / kBlock; ++b, block += layout::block_bytes(scheme_))
-                    pack(q_ + b * kBlock * kPanelRows, block);
-            }
-            out += layout::superblock_bytes(scheme_, span);
-        }
-        return total;
-    }
-
- private:
+    /// The group of `row` and the 15 after it that begins at `col`, into q, scales and mins: transposed, and what is
+    /// outside of the matrix is padding.
     void fit(std::int64_t row, std::int64_t col, QuantizeError& total) {
         const std::int64_t rows = std::clamp<std::int64_t>(rows_ - row, 0, kPanelRows);
         const std::int64_t count = std::clamp<std::int64_t>(cols_ - col, 0, scheme_.group);
-        const int zero = scheme_.zero();
-        std::memset(q_, zero, sizeof q_);
-        std::memset(scales_, 0, sizeof scales_);
-        std::memset(mins_, 0, sizeof mins_);
+        std::memset(q, scheme_.zero(), sizeof q);
+        std::memset(scales, 0, sizeof scales);
+        std::memset(mins, 0, sizeof mins);
         if (rows == 0 || count == 0) return;
         float squares[kPanelRows] = {};
+        transpose(row, rows, col, count, squares);
+
+        float error[kPanelRows];
+        cpu::QuantizeGroup group{};
+        group.w = transposed_;
+        group.importance = importance_of(col, count);
+        group.cols = static_cast<int>(count);
+        group.bits = scheme_.bits;
+        group.asymmetric = scheme_.asymmetric;
+        group.q = q;
+        group.scale = scales;
+        group.min = mins;
+        group.error = error;
+        cpu::kernels().quantize_group(group);
+        check_scales(scales, row, col);
+        if (scheme_.asymmetric) check_scales(mins, row, col);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            total.squared_error += static_cast<double>(error[r]);
+            total.squares += static_cast<double>(squares[r]);
+        }
+    }
+
+    alignas(64) std::uint8_t q[kMaxGroup * kPanelRows];
+    std::uint16_t scales[kPanelRows], mins[kPanelRows];
+
+ private:
+    void transpose(std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t count, float* squares) {
+        // All of it: of a loop over the missing rows GCC 12 makes aligned stores to addresses that are not.
+        if (rows < kPanelRows) std::fill_n(transposed_, count * kPanelRows, 0.0f);
         for (std::int64_t r = 0; r < rows; ++r) {
             const float* source = weight_ + (row + r) * cols_ + col;
             float sum = 0;
@@ -83,53 +100,61 @@ class PanelQuantizer {
             }
             squares[r] = sum;
         }
-        for (std::int64_t r = rows; r < kPanelRows; ++r)
-            for (std::int64_t k = 0; k < count; ++k) transposed_[k * kPanelRows + r] = 0.0f;
         float poison = 0;
         for (std::int64_t i = 0; i < count * kPanelRows; ++i) poison += transposed_[i] * 0.0f;
         if (poison != 0.0f) refuse_values(weight_, cols_, row, rows, col, count);
-
-        float error[kPanelRows];
-        cpu::kernels().quantize_group(cpu::QuantizeGroup{transposed_, static_cast<int>(count), scheme_.bits,
-                                                         scheme_.asymmetric, q_, scales_, mins_, error});
-        check_scales(scales_, row, col);
-        if (scheme_.asymmetric) check_scales(mins_, row, col);
-        for (std::int64_t r = 0; r < rows; ++r) {
-            total.squared_error += static_cast<double>(error[r]);
-            total.squares += static_cast<double>(squares[r]);
-        }
     }
 
-    void pack(const std::uint8_t* q, std::uint8_t* block) const {
-        const int lines = scheme_.bits == 4 ? 4 : 8;
-        for (int t = 0; t < lines; ++t)
-            for (int r = 0; r < kPanelRows; ++r)
-                for (int i = 0; i < 4; ++i) {
-                    const int low = q[(4 * t + i) * kPanelRows + r];
-                    const int high = scheme_.bits == 4 ? q[(16 + 4 * t + i) * kPanelRows + r] << 4 : 0;
-                    block[t * 64 + r * 4 + i] = static_cast<std::uint8_t>(low | high);
-                }
+    /// Relative to the group's largest, so that sums of squares stay in range; null where all count the same.
+    const float* importance_of(std::int64_t col, std::int64_t count) {
+        if (!importance_) return nullptr;
+        const auto [least, most] = std::minmax_element(importance_ + col, importance_ + col + count);
+        if (*least == *most) return nullptr;
+        for (std::int64_t k = 0; k < count; ++k) relative_[k] = importance_[col + k] / *most;
+        return relative_;
     }
 
     const layout::Scheme& scheme_;
     const float* weight_;
     std::int64_t rows_, cols_;
-    alignas(64) float transposed_[64 * kPanelRows];
-    alignas(64) std::uint8_t q_[64 * kPanelRows];
-    std::uint16_t scales_[kPanelRows], mins_[kPanelRows];
+    const float* importance_;
+    alignas(64) float transposed_[kMaxGroup * kPanelRows];
+    float relative_[kMaxGroup];
 };
+
+QuantizeError quantize_panel(GroupFitter& fitter, const layout::Scheme& scheme, std::int64_t cols, std::int64_t panel,
+                             std::uint8_t* out) {
+    const std::int64_t padded = layout::padded_cols(scheme, cols), block_bytes = layout::block_bytes(scheme);
+    QuantizeError total;
+    for (std::int64_t start = 0; start < padded; start += kSuperblock) {
+        const std::int64_t span = std::min(kSuperblock, padded - start);
+        const std::int64_t groups = span / scheme.group, header = layout::header_bytes(scheme, span);
+        std::memset(out, 0, static_cast<std::size_t>(header));
+        std::uint8_t* block = out + header;
+        for (std::int64_t g = 0; g < groups; ++g) {
+            fitter.fit(panel * kPanelRows, start + g * scheme.group, total);
+            std::memcpy(out + g * 32, fitter.scales, 32);
+            if (scheme.asymmetric) std::memcpy(out + (groups + g) * 32, fitter.mins, 32);
+            for (std::int64_t b = 0; b < scheme.group / kBlock; ++b, block += block_bytes)
+                pack_block(scheme, fitter.q + b * kBlock * kPanelRows, block);
+        }
+        out += layout::superblock_bytes(scheme, span);
+    }
+    return total;
+}
 
 }  // namespace
 
 QuantizeError quantize_weights(Team& team, const float* weight, std::int64_t rows, std::int64_t cols,
-                               const layout::Scheme& scheme, std::uint8_t* out) {
+                               const layout::Scheme& scheme, const float* importance, std::uint8_t* out) {
     const std::int64_t panels = layout::padded_rows(rows) / kPanelRows, bytes = layout::panel_bytes(scheme, cols);
     // Added up in the order of the panels, so that the sums do not depend on who did which.
     auto* errors =
         reinterpret_cast<QuantizeError*>(team.scratch(static_cast<std::size_t>(panels) * sizeof(QuantizeError)));
     team.parallel_for(panels, 1, [&](std::int64_t begin, std::int64_t end) {
-        PanelQuantizer quantizer(scheme, weight, rows, cols);
-        for (std::int64_t p = begin; p < end; ++p) std::construct_at(errors + p, quantizer.run(p, out + p * bytes));
+        GroupFitter fitter(scheme, weight, rows, cols, importance);
+        for (std::int64_t p = begin; p < end; ++p)
+            std::construct_at(errors + p, quantize_panel(fitter, scheme, cols, p, out + p * bytes));
     });
     QuantizeError total;
     for (std::int64_t p = 0; p < panels; ++p) {
@@ -139,34 +164,21 @@ QuantizeError quantize_weights(Team& team, const float* weight, std::int64_t row
     return total;
 }
 
-void dequantize_row(const layout::Scheme& scheme, const std::uint8_t* packed, std::int64_t cols, std::int64_t row,
-                    float* out) {
-    const std::int64_t padded = layout::padded_cols(scheme, cols), lane = row % kPanelRows;
-    const std::uint8_t* superblock = packed + row / kPanelRows * layout::panel_bytes(scheme, cols);
-    const float zero = static_cast<float>(scheme.zero());
-    for (std::int64_t start = 0; start < padded; start += kSuperblock) {
-        const std::int64_t span = std::min(kSuperblock, padded - start), count = std::min(span, cols - start);
-        const std::uint8_t* values = superblock + layout::header_bytes(scheme, span) + lane * 4;
-        float scale = 0, minimum = 0;
-        for (std::int64_t k = 0; k < count; ++k) {
-            if (k % scheme.group == 0) {
-                const std::int64_t at = k / scheme.group * 32 + lane * 2;
-                std::uint16_t half;
-                std::memcpy(&half, superblock + at, 2);
-                scale = cpu::half_to_float(half);
-                if (scheme.asymmetric) {
-                    std::memcpy(&half, superblock + span / scheme.group * 32 + at, 2);
-                    minimum = cpu::half_to_float(half);
+void fit_groups(Team& team, const float* weight, std::int64_t rows, std::int64_t cols, const layout::Scheme& scheme,
+                const float* importance, std::uint16_t* scales, std::uint16_t* mins) {
+    const std::int64_t groups = layout::padded_cols(scheme, cols) / scheme.group;
+    team.parallel_for((rows + kPanelRows - 1) / kPanelRows, 1, [&](std::int64_t begin, std::int64_t end) {
+        GroupFitter fitter(scheme, weight, rows, cols, importance);
+        QuantizeError unused;
+        for (std::int64_t row = begin * kPanelRows; row < std::min(rows, end * kPanelRows); row += kPanelRows)
+            for (std::int64_t g = 0; g < groups; ++g) {
+                fitter.fit(row, g * scheme.group, unused);
+                for (std::int64_t r = 0; r < std::min(kPanelRows, rows - row); ++r) {
+                    scales[(row + r) * groups + g] = fitter.scales[r];
+                    if (scheme.asymmetric) mins[(row + r) * groups + g] = fitter.mins[r];
                 }
             }
-            const std::int64_t j = k % kBlock, line = scheme.bits == 4 ? j % 16 : j;
-            const std::uint8_t byte = values[k / kBlock * layout::block_bytes(scheme) + line / 4 * 64 + line % 4];
-            const int q = scheme.bits == 8 ? byte : j < 16 ? byte & 15 : byte >> 4;
-            const float centred = static_cast<float>(q) - zero;
-            out[start + k] = scheme.asymmetric ? std::fma(scale, centred, minimum) : scale * centred;
-        }
-        superblock += layout::superblock_bytes(scheme, span);
-    }
+    });
 }
 
 }  // namespace cnl

@@ -3,9 +3,11 @@
 // next to and between halves, packing of weights.
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
 #include "check.hpp"
 #include "cpu/cpu_info.hpp"
+#include "cpu/half.hpp"
 #include "cpu/quantize.hpp"
 
 namespace cnl::test {
@@ -121,27 +123,51 @@ void floats_to_halves() {
     });
 }
 
+/// Whether row `row` as the layout locates every value is what dequantize_row made of it.
+bool values_are_where_they_belong(const layout::Scheme& scheme, const std::uint8_t* packed, std::int64_t cols,
+                                  std::int64_t row, const std::vector<float>& expected) {
+    for (std::int64_t k = 0; k < cols; ++k) {
+        const layout::Position at = layout::locate(scheme, cols, row, k);
+        std::uint16_t scale, minimum = 0;
+        std::memcpy(&scale, packed + at.scale, 2);
+        if (scheme.asymmetric) std::memcpy(&minimum, packed + at.scale + at.min_offset, 2);
+        const auto q = static_cast<float>(layout::unpack_value(scheme, packed, at) - scheme.zero());
+        const float value = std::fma(cpu::half_to_float(scale), q, cpu::half_to_float(minimum));
+        if (value != expected[static_cast<std::size_t>(k)]) return false;
+    }
+    return true;
+}
+
 void weights() {
     for (const layout::Scheme& scheme : layout::kSchemes) {
         constexpr std::int64_t kRows = 37, kCols = 300;
         std::vector<float> w = Random(7).uniforms(kRows * kCols);
         for (std::int64_t k = 0; k < kCols; ++k) w[static_cast<std::size_t>(k)] = 0.0f;  // a row of nothing
         w[static_cast<std::size_t>(3 * kCols + 70)] = 900.0f;                            // an outlier
-        check("quantize_weights " + std::string(scheme.name), [&](ThreadPool& pool, Output& out) {
-            const auto size = static_cast<std::size_t>(layout::packed_bytes(scheme, kRows, kCols));
-            std::vector<std::uint8_t> packed(size);
-            QuantizeError error;
-            pool.run([&](Team& team) {
-                const QuantizeError mine = quantize_weights(team, w.data(), kRows, kCols, scheme, packed.data());
-                if (team.index() == 0) error = mine;
+        std::vector<float> importance = Random(8).uniforms(kCols);
+        for (float& x : importance) x *= x;
+        const float* const choices[] = {nullptr, importance.data()};
+        for (const float* weights : choices) {
+            const std::string how = weights ? " by importance" : "";
+            check("quantize_weights " + std::string(scheme.name) + how, [&](ThreadPool& pool, Output& out) {
+                const auto size = static_cast<std::size_t>(layout::packed_bytes(scheme, kRows, kCols));
+                std::vector<std::uint8_t> packed(size);
+                QuantizeError error;
+                pool.run([&](Team& team) {
+                    const QuantizeError mine =
+                        quantize_weights(team, w.data(), kRows, kCols, scheme, weights, packed.data());
+                    if (team.index() == 0) error = mine;
+                });
+                out.bytes(packed.data(), size);
+                out.bytes(&error.squared_error, 8);
+                out.bytes(&error.squares, 8);
+                std::vector<float> row(kCols);
+                dequantize_row(scheme, packed.data(), kCols, 5, row.data());
+                out.floats(row);
+                const bool found = values_are_where_they_belong(scheme, packed.data(), kCols, 5, row);
+                if (!found) throw std::logic_error("locate and dequantize_row disagree");
             });
-            out.bytes(packed.data(), size);
-            out.bytes(&error.squared_error, 8);
-            out.bytes(&error.squares, 8);
-            std::vector<float> row(kCols);
-            dequantize_row(scheme, packed.data(), kCols, 5, row.data());
-            out.floats(row);
-        });
+        }
     }
 }
 

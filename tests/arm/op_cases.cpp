@@ -130,10 +130,16 @@ void op_cases() {
     rows();
     for (const layout::Scheme& scheme : layout::kSchemes) {
         const std::int64_t tail = scheme.group == 32 ? 288 : 300;  // a superblock of one group, one of 44 columns
+        matmul(scheme, 13, 1130, false);                           // the columns are cut
+        matmul(scheme, 1, 1130, false);
+        const bool own_kernels = (scheme.bits == 4 || scheme.bits == 8) && scheme.group < 128;
+        if (!own_kernels) {  // what they are expanded to is multiplied as the others
+            for (const std::int64_t m : {3, 12, 18}) matmul(scheme, m, tail, false);
+            matmul(scheme, 6, 512, true);
+            continue;
+        }
         for (std::int64_t m = 1; m <= 12; ++m) matmul(scheme, m, tail, false);
         for (const std::int64_t m : {13, 18, 33}) matmul(scheme, m, tail, false);
-        matmul(scheme, 13, 1130, false);  // the columns are cut
-        matmul(scheme, 1, 1130, false);
         for (const std::int64_t m : {1, 2, 6, 13}) matmul(scheme, m, 512, true);
         for (const std::int64_t m : {1, 5, 13}) {
             matmul_add(scheme, m);
