@@ -55,6 +55,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     heads = f"{config['num_attention_heads']} heads over {config['num_key_value_heads']} of {config['head_dim']}"
     scaling = config["rope_scaling"]
     rope = f"theta {config['rope_theta']:g}" + (f", {scaling['rope_type']} x {scaling['factor']:g}" if scaling else "")
+    quantization = facts["quantization"]
     rows = {
         "file": f"{facts['file']}, {facts['size']:,} bytes, {facts['tensors']} tensors",
         "model": f"LLaMA, {facts['parameters']:,} weights, {config['num_hidden_layers']} layers, "
@@ -62,8 +63,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
         "context": f"{config['max_position_embeddings']} positions, {rope}",
         "vocabulary": f"{config['vocab_size']} rows, {tokenizer['pieces']} pieces, "
         f"{len(tokenizer['added_tokens'])} added" + (", tied" if config["tie_word_embeddings"] else ""),
-        "scheme": f"{facts['quantization'].get('scheme')}, embeddings {facts['quantization'].get('embeddings')}, "
-        f"{facts['quantization'].get('bits_per_weight')} bits per weight",
+        "scheme": f"{quantization.get('scheme')}, embeddings {quantization.get('embeddings')}, "
+        f"{quantization.get('bits_per_weight')} bits per weight, by {quantization.get('quantizer', 'rtn')}",
         "template": facts["template"],
         "end tokens": ", ".join(map(str, facts["generation"]["eos_token_ids"])),
         "tokenizer": f"sha256 {tokenizer['sha256']}",
