@@ -126,8 +126,7 @@ class LLM:
         self.vocab_size: int = self.file.vocab_size
         self.template: Template = get_template(template or self.file.template)
         self.tokenizer = Tokenizer(self.file.tokenizer_model, self.file.tokenizer)
-        tensors = self.file.engine_tensors()
-        weights = sum(entry[0].nbytes for entry in tensors.values())
+        weights = sum(entry[0].nbytes for entry in self.file.engine_tensors().values())
         self.plan: Plan = make_plan(
             self.file.config,
             weights,
@@ -139,20 +138,7 @@ class LLM:
         refuse_unless_fits(self.plan, self.path)
         self.context = self.plan.context
         self._warn_long_context()
-        try:
-            self.engine = engine_class(self.device)(
-                self.file.config,
-                tensors,
-                threads=threads,
-                context=self.context,
-                max_sequences=max_sequences,
-                max_step_tokens=step_tokens(self.device),
-                kv_type=kv_type,
-            )
-        except ValueError as error:
-            raise InputError(f"{self.path}: {error}") from error
-        except RuntimeError as error:
-            raise CnllamaError(f"{self.path}: {error}") from error
+        self.engine = self._open_engine(threads, kv_type, max_sequences)
         self.threads: int = self.engine.threads
         self._scheduler: Scheduler | None = Scheduler(
             self.engine, self._make_pool(max_sequences), self.engine if self.device == "cuda" else None
@@ -309,6 +295,22 @@ class LLM:
             ends = [self.tokenizer.eos_id]
         named = (self.tokenizer.special_id(name) for name in self.template.stop_tokens)
         return tuple(dict.fromkeys([*ends, *(i for i in named if i is not None)]))
+
+    def _open_engine(self, threads: int, kv_type: str, max_sequences: int) -> Any:
+        try:
+            return engine_class(self.device)(
+                self.file.config,
+                self.file.engine_tensors(),
+                threads=threads,
+                context=self.context,
+                max_sequences=max_sequences,
+                max_step_tokens=step_tokens(self.device),
+                kv_type=kv_type,
+            )
+        except ValueError as error:
+            raise InputError(f"{self.path}: {error}") from error
+        except RuntimeError as error:
+            raise CnllamaError(f"{self.path}: {error}") from error
 
     def _make_pool(self, size: int) -> SlotPool:
         scaling = self.file.config.get("rope_scaling") or {}
