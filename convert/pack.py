@@ -24,9 +24,9 @@ from . import fingerprint, parity
 from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray, open_checkpoint
 from .merge import MergedTensor, check_adapter, check_base, is_tied, merge
-from .quantize.base import Quantizer, Rtn, Work
+from .quantize.base import CalibrationError, Quantizer, Rtn, Work
 from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
-from .quantize.choice import Choice, choose
+from .quantize.choice import choose
 from .quantize.registry import AUTO, check_quantizer, open_quantizer
 from .quantize.rules import Rule, quantizations, scheme_of, scheme_table
 from .quantize.trial import Trial, Verdict, judge, unchecked_sentence, verdict_sentence
@@ -240,22 +240,31 @@ class _Settings:
 
 def _write(job: _Job, output: Path, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
     """Writes the file; the reason is what "auto" says of its choice."""
+    if settings.quantizer == AUTO:
+        return _write_auto(job, output, settings)
     if settings.quantizer == "rtn":
         return job.write(output, Rtn()), None, ""
-    calibration = _calibration(job.plan, settings.calibrate, settings.calibrate_tokens, settings.quantizer)
-    choice = Choice(settings.quantizer, settings.device or "cpu", "")
-    if settings.quantizer == AUTO:
+    calibration = _calibration(job.plan, settings.calibrate, settings.calibrate_tokens)
+    quantizer = open_quantizer(settings.quantizer, calibration, settings.device or "cpu")
+    return *_calibrated(job, output, quantizer, calibration, settings.check), ""
+
+
+def _write_auto(job: _Job, output: Path, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
+    """What nobody insisted on is not worth an error: where it cannot be done the file is rounded."""
+    length = min(settings.calibrate_tokens[1], job.plan.config["max_position_embeddings"])
+    try:
+        calibration = _calibration(job.plan, settings.calibrate, (settings.calibrate_tokens[0], length))
         choice = choose(_parameters(job.table), calibration.samples.size, settings.device)
-    if choice.quantizer == "rtn":
-        return job.write(output, Rtn()), None, choice.reason
-    quantizer = open_quantizer(choice.quantizer, calibration, choice.device)
-    return *_calibrated(job, output, quantizer, calibration, settings.check), choice.reason
+        if choice.quantizer == "rtn":
+            return job.write(output, Rtn()), None, choice.reason
+        quantizer = open_quantizer(choice.quantizer, calibration, choice.device)
+        return *_calibrated(job, output, quantizer, calibration, settings.check), choice.reason
+    except CalibrationError as problem:
+        return job.write(output, Rtn()), None, f"because {problem}"
 
 
-def _calibration(plan: Plan, path: Path | None, tokens: tuple[int, int], quantizer: str) -> Calibration:
+def _calibration(plan: Plan, path: Path | None, tokens: tuple[int, int]) -> Calibration:
     files = plan.vocabulary.tokenizer
-    if quantizer == AUTO:  # nobody asked for this length
-        tokens = tokens[0], min(tokens[1], plan.config["max_position_embeddings"])
     calibration = read_calibration(path, Tokenizer(files.model, files.settings()), plan.config, tokens)
     plan.notices.extend(calibration.notices)
     return calibration

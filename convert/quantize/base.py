@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama import _core
-from cnllama.errors import InputError
+from cnllama.errors import CnllamaError, InputError
 from cnllama.verify import Statistics
 
 from ..merge import MergedTensor
@@ -20,6 +20,10 @@ FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 
 CHUNK_VALUES = 1 << 23  # float32 values merged and quantized at a time: 32 MiB
+
+
+class CalibrationError(CnllamaError):
+    """A calibration that cannot go on, of a model that could still be rounded."""
 
 
 @dataclass(frozen=True)

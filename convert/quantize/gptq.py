@@ -14,10 +14,9 @@ import torch
 
 from cnllama import _core
 from cnllama.config import FINAL_NORM, LM_HEAD
-from cnllama.errors import CnllamaError
 from cnllama.verify import Statistics
 
-from .base import ByteArray, Piece, Work, cannot_quantize, chunks
+from .base import ByteArray, CalibrationError, Piece, Work, cannot_quantize, chunks
 from .llama import ATTENTION, Linear, swiglu
 from .threads import torch_threads
 from .walk import Walk, gram_of, output_error, rounded_to_nearest, spread_rows
@@ -72,7 +71,7 @@ def inverse_factor(h: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     attempt that is not positive definite.
 
     A column that no input reached gets the mean of the diagonal: it is rounded without making up for anything. Raises
-    CnllamaError when no damping helps.
+    CalibrationError when no damping helps.
     """
     diagonal = h.diagonal()
     dead = diagonal <= 0
@@ -90,7 +89,7 @@ def inverse_factor(h: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
             if bool(torch.isfinite(upper.diagonal()).all()):
                 return upper
         damp *= 4
-    raise CnllamaError("the Hessian of a matrix has no Cholesky factor; calibrate with more text (--calibrate)")
+    raise CalibrationError("the Hessian of a matrix has no Cholesky factor; calibrate with more text (--calibrate)")
 
 
 def _invert_upper(r: torch.Tensor) -> None:
