@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cnllama import _core
@@ -26,8 +25,7 @@ from cnllama.verify import Statistics
 
 from .base import Piece, Work, chunks, quantize
 from .llama import ATTENTION, MLP, Linear, swiglu
-from .threads import torch_threads
-from .walk import Gram, Walk, gram_of, output_error, rounded_to_nearest, spread_rows
+from .walk import Calibrated, Gram, Walk, gram_of, output_error, rounded_to_nearest, spread_rows
 
 ALPHAS = tuple(i / 20 for i in range(21))
 _JUDGED_ROWS = 256
@@ -80,25 +78,16 @@ def search(weights: Sequence[torch.Tensor], schemes: Sequence[str], gram: Gram, 
     return best
 
 
-class Awq:
-    """samples: int32 [samples, length] token ids. device: "cpu" or "cuda", for the calibration."""
+class Awq(Calibrated):
+    """The search over ALPHAS, the factors folded into the neighbours, and rounding by importance."""
 
     name = "awq"
 
-    def __init__(self, samples: npt.NDArray[np.int32], device: str = "cpu") -> None:
-        self._samples, self._device = samples, device
+    def _layer(self, walk: Walk, prefix: str) -> Iterator[Piece]:
+        return _Layer(walk, prefix).pieces()
 
-    def pieces(self, work: Work) -> Iterator[Piece]:
-        """See Quantizer; a layer at a time."""
-        with torch_threads(work.threads):
-            walk = Walk(work, self._samples, self._device)
-            yield from walk.embed()
-            for prefix in walk.layers():
-                yield from _Layer(walk, prefix).pieces()
-            if LM_HEAD in work.tensors:
-                yield from _head(walk)
-            else:
-                yield from walk.as_they_are([FINAL_NORM])
+    def _end(self, walk: Walk) -> Iterator[Piece]:
+        return _head(walk) if LM_HEAD in walk.work.tensors else walk.as_they_are([FINAL_NORM])
 
 
 class _Layer:

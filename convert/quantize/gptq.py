@@ -9,17 +9,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cnllama import _core
 from cnllama.config import FINAL_NORM, LM_HEAD
 from cnllama.verify import Statistics
 
-from .base import ByteArray, CalibrationError, Piece, Work, cannot_quantize, chunks
+from .base import ByteArray, CalibrationError, Piece, cannot_quantize, chunks
 from .llama import ATTENTION, Linear, swiglu
-from .threads import torch_threads
-from .walk import Walk, gram_of, output_error, rounded_to_nearest, spread_rows
+from .walk import Calibrated, Walk, gram_of, output_error, rounded_to_nearest, spread_rows
 
 DAMPING = 0.01  # of the mean of H's diagonal: percdamp of the paper's code
 _RETRIES = 8
@@ -142,26 +140,20 @@ def solve(
     return q, scales, mins
 
 
-class Gptq:
-    """samples: int32 [samples, length] token ids. device: "cpu" or "cuda", for the calibration."""
+class Gptq(Calibrated):
+    """`solve` for every matrix, in the order in which the layer runs them."""
 
     name = "gptq"
 
-    def __init__(self, samples: npt.NDArray[np.int32], device: str = "cpu") -> None:
-        self._samples, self._device = samples, device
+    def _layer(self, walk: Walk, prefix: str) -> Iterator[Piece]:
+        yield from self._attention(walk, prefix)
+        yield from self._mlp(walk, prefix)
 
-    def pieces(self, work: Work) -> Iterator[Piece]:
-        """See Quantizer; a matrix at a time."""
-        with torch_threads(work.threads):
-            walk = Walk(work, self._samples, self._device)
-            yield from walk.embed()
-            for prefix in walk.layers():
-                yield from self._attention(walk, prefix)
-                yield from self._mlp(walk, prefix)
-            yield from walk.as_they_are([FINAL_NORM])
-            if LM_HEAD in work.tensors:
-                norm = walk.vector(FINAL_NORM)
-                yield from self._matrices(walk, ["lm_head"], walk.normed(norm))
+    def _end(self, walk: Walk) -> Iterator[Piece]:
+        yield from walk.as_they_are([FINAL_NORM])
+        if LM_HEAD in walk.work.tensors:
+            norm = walk.vector(FINAL_NORM)
+            yield from self._matrices(walk, ["lm_head"], walk.normed(norm))
 
     def _attention(self, walk: Walk, prefix: str) -> Iterator[Piece]:
         norm = walk.vector(f"{prefix}input_layernorm.weight")

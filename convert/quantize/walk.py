@@ -7,6 +7,7 @@ inputs of a matrix are kept until it has been quantized.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from cnllama.verify import Statistics
 
 from .base import Piece, Work, chunks, quantize, rounded
 from .llama import Attention, Linear, rms_norm
+from .threads import torch_threads
 
 _BATCH_TOKENS = 2048
 _STRIP = 1024  # columns of a Gram matrix computed at a time
@@ -80,6 +82,35 @@ class Walk:
         """hidden += linear(inputs)."""
         for hidden, x in zip(self.hidden, inputs, strict=True):
             hidden.add_(linear(x.float()))
+
+
+class Calibrated(ABC):
+    """A quantizer that sees samples on their way.
+
+    samples: int32 [samples, length] token ids. device: "cpu" or "cuda", for the calibration.
+    """
+
+    name: str
+
+    def __init__(self, samples: npt.NDArray[np.int32], device: str = "cpu") -> None:
+        self._samples, self._device = samples, device
+
+    def pieces(self, work: Work) -> Iterator[Piece]:
+        """See Quantizer; a layer at a time. Raises CalibrationError where it cannot be done."""
+        with torch_threads(work.threads):
+            walk = Walk(work, self._samples, self._device)
+            yield from walk.embed()
+            for prefix in walk.layers():
+                yield from self._layer(walk, prefix)
+            yield from self._end(walk)
+
+    @abstractmethod
+    def _layer(self, walk: Walk, prefix: str) -> Iterator[Piece]:
+        """The tensors of a layer; moves `walk.hidden` behind it."""
+
+    @abstractmethod
+    def _end(self, walk: Walk) -> Iterator[Piece]:
+        """The final norm and lm_head."""
 
 
 class Gram:
