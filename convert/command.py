@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from cnllama import _core
-from cnllama.container import Output
 from cnllama.errors import InputError
+from cnllama.files import Output
 
 from .pack import Report, convert
 from .quantize.calibration import DEFAULT_TOKENS, parse_tokens

@@ -21,8 +21,8 @@ from models import ROPE_SCALINGS, load_transformers, make_llama, sample_lines
 from reference import rotary_frequencies as reference_frequencies
 
 from cnllama import _core
-from cnllama.container import Output
 from cnllama.errors import CnllamaError
+from cnllama.files import Output
 from cnllama.format import open_cnl
 from cnllama.plan import Available
 from cnllama.tokenizer import Tokenizer

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from cnllama.container import DTYPE_BYTES, Output
+from cnllama.container import DTYPE_BYTES
 from cnllama.convert.checkpoint import FloatArray, SourceTensor
 from cnllama.errors import InputError
+from cnllama.files import Output
 
 _CHUNK_BYTES = 1 << 24
 
@@ -50,8 +51,7 @@ def write_safetensors(
     infinity in a tensor and for a place that cannot be written.
     """
     header = _header(tensors)
-    output = Output(path)
-    try:
+    with Output(path) as output:
         output.write(header, 0)
         offset = len(header)
         for name, tensor in tensors.items():
@@ -62,9 +62,6 @@ def write_safetensors(
                 advance(len(data))
             tensor.release()
         output.commit()
-    except BaseException:
-        output.discard()
-        raise
 
 
 def _header(tensors: Mapping[str, OutTensor]) -> bytes:

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cnllama.adapt.output import write_json
-from cnllama.container import Output
 from cnllama.convert.merge import MergedTensor
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError, from_os_error
+from cnllama.files import Output, write_json
 
 _SIZES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 _CHUNK_VALUES = 1 << 23
@@ -106,8 +105,7 @@ def _write_shard(path: Path, tensors: Sequence[MergedTensor], dtype: str, bar: A
         header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    output = Output(path)
-    try:
+    with Output(path) as output:
         output.write(struct.pack("<Q", len(text)) + text, 0)
         offset = 8 + len(text)
         for tensor in tensors:
@@ -119,9 +117,6 @@ def _write_shard(path: Path, tensors: Sequence[MergedTensor], dtype: str, bar: A
                 bar.update(len(data) // item)
             tensor.release()
         output.commit()
-    except BaseException:
-        output.discard()
-        raise
 
 
 def _encode(tensor: MergedTensor, values: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> bytes:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnllama.adapt.output import write_file
 from cnllama.errors import InputError, from_os_error
+from cnllama.files import write_file
 
 _DPI = 120
 _TREND_WINDOWS = 50

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from cnllama.adapt.output import write_json
+from cnllama.files import append, write_file, write_json
 
 LOG, MARK = "log.jsonl", "complete.json"
 
@@ -81,7 +81,7 @@ class JsonLog(TrainerCallback):
         kept = [record for record in read_records(self._path) if record["step"] <= state.global_step]
         if not state.global_step:
             kept = []
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_file(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._before = max((record.get("seconds", 0.0) for record in kept), default=0.0)
         self._started = time.monotonic()
 
@@ -102,8 +102,7 @@ class JsonLog(TrainerCallback):
                 record[name] = logs[given]
         if "eval_loss" in logs:
             record["eval_loss"] = logs["eval_loss"]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self._path, json.dumps(record).encode() + b"\n")
 
 
 def quiet() -> None:

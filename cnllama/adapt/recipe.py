@@ -24,11 +24,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cnllama.adapt.output import write_json
 from cnllama.adapt.plots import comparison_plot, format_table
 from cnllama.adapt.train import RESULT
 from cnllama.container import read_json
 from cnllama.errors import CnllamaError, InputError, from_os_error
+from cnllama.files import write_json
 
 MARK = "stage.json"
 SCRIPT = "script"

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 
 from cnllama.adapt.hf_checkpoint import OutTensor, write_safetensors
-from cnllama.adapt.output import copy_file, write_json
 from cnllama.adapt.plots import format_table
 from cnllama.adapt.tokenizer_merge import write_tokenizer
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.container import check_space
 from cnllama.convert.checkpoint import (
     Checkpoint,
     FloatArray,
@@ -28,6 +26,7 @@ from cnllama.convert.checkpoint import (
 )
 from cnllama.convert.tokenizers import MODEL, TokenizerFiles, first_difference, read_tokenizer
 from cnllama.errors import InputError, from_os_error
+from cnllama.files import check_space, copy_file, write_json
 from cnllama.tokenizer import SPACE, Tokenizer
 
 INITS = ("mean", "normal", "zeros")

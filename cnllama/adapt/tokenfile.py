@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.adapt.output import write_json
 from cnllama.adapt.reading import ReadLog, check_files
-from cnllama.container import Output, read_json
+from cnllama.container import read_json
 from cnllama.convert.tokenizers import read_tokenizer
 from cnllama.errors import InputError, from_os_error
+from cnllama.files import Output, write_json
 from cnllama.tokenizer import Tokenizer
 
 _VERSION = 1

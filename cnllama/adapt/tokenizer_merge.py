@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnllama.adapt.output import write_file, write_json
 from cnllama.convert.tokenizers import ADDED, CONFIG, MODEL, SPECIAL, TokenizerFiles, read_tokenizer
 from cnllama.errors import InputError, from_os_error
+from cnllama.files import write_file, write_json
 
 PAD = "[PAD]"
 _PIECES = 1

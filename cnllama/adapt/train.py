@@ -18,7 +18,6 @@ import torch
 
 from cnllama.adapt import memory
 from cnllama.adapt.lora import WEIGHTS, Trained, check_saved, count_parameters, fold, load_adapter, prepare
-from cnllama.adapt.output import write_json
 from cnllama.adapt.plots import loss_curve
 from cnllama.adapt.progress import (
     LOG,
@@ -36,6 +35,7 @@ from cnllama.config import from_hf
 from cnllama.container import read_json
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
+from cnllama.files import write_json
 
 RESULT, RUN = "result.json", "run.json"
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.container import Output
 from cnllama.errors import CnllamaError
+from cnllama.files import Output
 
 CONTEXT = 512
 _SURE = 2.0  # standard errors
