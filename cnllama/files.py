@@ -32,7 +32,8 @@ _LONGEST_STEM = 200  # bytes; file systems allow names of 255
 # Temporary files carry this mark, a process id and a random number. Anchored: a file of the user's is never taken.
 _MARK = re.compile(r"(?s)\..+\.cnllama-[0-9]+-[0-9a-f]{8}\.part")
 
-Claim = Callable[[str, os.stat_result], None]
+# (name, status): with None a file is about to be written, with its status it is about to get its name.
+Claim = Callable[[str, os.stat_result | None], None]
 # Directories that keep a record of the files in them (ownership.py), by their real path.
 _claims: dict[str, Claim] = {}
 
@@ -58,6 +59,7 @@ class Output:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._target = _destination(self.path)
+        _tell(self._target, None)
         for leftover in temporaries(self._target, "part"):
             remove_leftover(leftover)
         self._fd, self.temporary = self._create()
@@ -103,9 +105,11 @@ class Output:
 
     def discard(self) -> None:
         """Removes the temporary file."""
+        mine = has_name(os.fstat(self._fd), self.temporary)
         os.close(self._fd)
         self._committed = True
-        remove_file(self.temporary)
+        if mine:
+            remove_file(self.temporary)
 
     def _create(self) -> tuple[int, Path]:
         """A locked temporary file: (descriptor, name)."""
@@ -211,11 +215,17 @@ def try_lock(fd: int, wait: bool = False) -> bool | None:
 
 
 def set_claim(directory: Path, claim: Claim | None) -> None:
-    """Every file that goes into `directory` (a real path) is told to `claim` before it has its name; None ends that."""
+    """`claim` is told of every file that goes into `directory` (a real path), and may refuse it; None ends that."""
     if claim is None:
         _claims.pop(str(directory), None)
     else:
         _claims[str(directory)] = claim
+
+
+def _tell(target: Path, status: os.stat_result | None) -> None:
+    claim = _claims.get(str(target.parent))
+    if claim is not None:
+        claim(target.name, status)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -292,9 +302,7 @@ def move(source: Path, target: Path) -> None:
         status = os.lstat(source)
         if stat.S_ISREG(status.st_mode):
             _take_over(source, target)
-            claim = _claims.get(str(target.parent))
-            if claim is not None:
-                claim(target.name, status)
+            _tell(target, status)
         _operation("rename", target)
         os.replace(source, target)
     except OSError as error:
@@ -346,7 +354,7 @@ def make_directory(path: Path) -> list[Path]:
     try:
         while not level.is_dir():
             if level.exists() or level.is_symlink():
-                raise InputError(f"{level}: this is a file, expected a directory; choose another name")
+                raise InputError(f"{level}: this is a file, not a directory; choose another name")
             missing.append(level)
             level = level.parent
         for directory in reversed(missing):

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from cnllama import _core
+from cnllama.arguments import add_list_option, add_output_option
 from cnllama.errors import InputError
 from cnllama.files import Output
 
@@ -25,15 +26,8 @@ _MAX_THREADS = 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.add_argument("base", metavar="BASE", type=Path, help="directory of a Hugging Face LLaMA")
-    parser.add_argument(
-        "--lora",
-        metavar="DIR",
-        type=Path,
-        action="append",
-        default=[],
-        help="PEFT LoRA adapter to merge; may be repeated, and the order counts",
-    )
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the .cnl to write")
+    add_list_option(parser, "--lora", metavar="DIR", type=Path, help="PEFT LoRA adapters to merge; their order counts")
+    add_output_option(parser, "FILE", "the .cnl to write")
     _add_quantization(parser)
     parser.add_argument("--template", metavar="NAME", help="prompt template to store (default: by vocabulary size)")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="take tokenizer.model from this directory")
@@ -52,11 +46,10 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         help=f"weight scheme, default q4 ({DEFAULT_Q4}); short names: {', '.join(short)}; schemes and their bits per "
         f"weight: {', '.join(bits.values())}",
     )
-    parser.add_argument(
+    add_list_option(
+        parser,
         "--quant-rule",
         metavar="RULES",
-        action="append",
-        default=[],
         help="other schemes for some matrices: 'PATTERN=NAME,...', the last that matches wins, as in "
         f"'lm_head=q8,*.down_proj=q8' (embed_tokens and lm_head are {EMBEDDINGS} unless a rule says otherwise)",
     )

@@ -14,7 +14,7 @@ _KILLED, _FAILED = 77, 78
 
 
 def killed_everywhere(work: Callable[[], object], limit: int = 400) -> Iterator[int]:
-    """Runs `work` in a child that ends as by kill -9 before its first change, then in one that ends before its second ...
+    """Runs `work` in a child that ends as by kill -9 before its first change, then in one that ends before its second.
 
     Yields the number of the change for every child that was ended; a child that comes to its end is the last.
     """

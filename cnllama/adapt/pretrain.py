@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cnllama.adapt.data import Source, prepare_text
 from cnllama.adapt.lora import TARGETS, Trained
 from cnllama.adapt.reading import POEM_TEMPLATE
-from cnllama.adapt.settings import add_training_arguments, from_arguments, parse_source
+from cnllama.adapt.settings import Settings, add_training_arguments, from_arguments, parse_source
+from cnllama.adapt.stage import Data, Stage, run_stage
 from cnllama.adapt.tokenfile import Vocabulary
-from cnllama.adapt.train import Data, Stage, run_stage
 from cnllama.adapt.trainer import Collator
-from cnllama.errors import from_os_error
+from cnllama.errors import InputError
+from cnllama.ownership import OwnedDirectory
 
 _LEARNING_RATE = {1: 2e-4, 2: 1e-4}  # the paper's
 
@@ -53,16 +54,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             evaluation,
             Collator(),
             padded=False,
-            identity={"files": [[r.entries, r.tokens, s.repeat] for r, s in zip(train.reports, sources, strict=True)]},
             report=[line for report in train.reports for line in report.lines()],
         )
 
     mode = "full" if args.full else "embeddings" if args.stage == 1 else "lora"
     label = f"pretrain, stage {args.stage}" if not args.full else "pretrain, full"
-    return run_stage(make_stage(args, label, mode, settings, prepare_data))
+    files = Files(sources, held_out, prepare_data, {"document": document})
+    return run_stage(make_stage(args, label, mode, settings, files))
 
 
-def make_stage(args: argparse.Namespace, label: str, mode: str, settings: Any, prepare_data: Any) -> Stage:
+@dataclass(frozen=True)
+class Files:
+    """What a verb makes of its data options: see Stage."""
+
+    data: list[Source]
+    held_out: list[Source]
+    prepare: Callable[[Vocabulary], Data]
+    options: dict[str, Any]
+
+
+def make_stage(args: argparse.Namespace, label: str, mode: str, settings: Settings, files: Files) -> Stage:
     """The stage that a parsed command line describes."""
     trained = Trained(
         mode=mode,
@@ -72,17 +83,26 @@ def make_stage(args: argparse.Namespace, label: str, mode: str, settings: Any, p
         targets=tuple(args.targets or TARGETS),
         old_rows=args.train_new_rows_only,
     )
-    return Stage(label, args.model, args.adapter, args.out, trained, settings, prepare_data, args.restart)
+    return Stage(
+        label=label,
+        model=args.model,
+        adapters=list(args.adapter),
+        out=args.output,
+        trained=trained,
+        settings=settings,
+        data=files.data,
+        held_out=files.held_out,
+        prepare_data=files.prepare,
+        data_options=files.options,
+        restart=args.restart,
+    )
 
 
 @contextlib.contextmanager
 def open_cache(args: argparse.Namespace) -> Iterator[Path]:
     """The directory of the tokenized files, while no other process of this machine makes any."""
-    cache = Path(args.cache) if args.cache else Path(args.out).parent / "tokens"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield cache
-    except OSError as error:
-        raise from_os_error(cache, error) from None
+    cache = Path(args.cache) if args.cache else Path(args.output).parent / "tokens"
+    if cache.resolve() == Path(args.output).resolve():
+        raise InputError(f"{cache}: tokenized files and the result cannot share a directory; choose another --cache")
+    with OwnedDirectory(cache, "tokenized data", wait=True):
+        yield cache

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama.adapt.data import IGNORED, ChatDataset, Item, PadCollator, Source, prepare_chat
-from cnllama.adapt.pretrain import make_stage, open_cache
+from cnllama.adapt.pretrain import Files, make_stage, open_cache
 from cnllama.adapt.settings import add_training_arguments, from_arguments, parse_source
+from cnllama.adapt.stage import Data, run_stage
 from cnllama.adapt.tokenfile import Vocabulary
-from cnllama.adapt.train import Data, run_stage
 from cnllama.adapt.trainer import Collator
 from cnllama.templates import TEMPLATES
 
@@ -111,15 +111,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with open_cache(args) as cache:
             train, samples = prepare(sources, cache, True)
             evaluation = prepare(held_out, cache, False)[0] if held_out else None
-        reports = samples.reports
-        files = [[r.entries, r.tokens, s.repeat] for r, s in zip(reports, sources, strict=True)]
         return Data(
             train,
             evaluation,
             Collator() if args.pack else Collator(PadCollator(vocabulary.pad_id)),
             padded=not args.pack,
-            identity={"files": files, "template": args.template, "pack": args.pack},
-            report=[line for report in reports for line in report.lines()],
+            report=[line for report in samples.reports for line in report.lines()],
         )
 
-    return run_stage(make_stage(args, "sft", "full" if args.full else "lora", settings, prepare_data))
+    files_and_form = Files(sources, held_out, prepare_data, {"template": args.template, "pack": args.pack})
+    return run_stage(make_stage(args, "sft", "full" if args.full else "lora", settings, files_and_form))

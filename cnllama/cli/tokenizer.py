@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnllama.arguments import add_list_option, add_output_option
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -72,22 +73,11 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help=tr("a tokenizer directory, or a file NAME.model", "分词器目录，或文件 NAME.model"),
-    )
-
-
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help=tr("text, .jsonl or .json", "文本、.jsonl 或 .json")
     )
-    _add_output_option(parser)
+    add_output_option(parser, "OUT", tr("a tokenizer directory, or a file NAME.model", "分词器目录，或文件 NAME.model"))
     parser.add_argument(
         "--vocab-size", "--vocab_size", type=int, required=True, metavar="N", help=tr("pieces", "词表大小")
     )
@@ -103,7 +93,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog
-    from cnllama.adapt.tokenizer_merge import write_tokenizer
+    from cnllama.adapt.tokenizer_merge import tokenizer_output
     from cnllama.adapt.tokenizer_train import train_tokenizer
 
     options = {name: getattr(args, name) for name in _TRAINER if getattr(args, name) is not None}
@@ -111,17 +101,18 @@ def _train(args: argparse.Namespace) -> int:
         if name in options:
             options[name] = options[name].split(",")
     log = ReadLog()
-    model = train_tokenizer(
-        args.files,
-        args.vocab_size,
-        form=args.input_format,
-        template=args.template or POEM_TEMPLATE,
-        options=options,
-        progress=sys.stderr.isatty(),
-        log=log,
-    )
-    _print_problems(log)
-    write_tokenizer(args.output, model)
+    with tokenizer_output(args.output) as write:
+        model = train_tokenizer(
+            args.files,
+            args.vocab_size,
+            form=args.input_format,
+            template=args.template or POEM_TEMPLATE,
+            options=options,
+            progress=sys.stderr.isatty(),
+            log=log,
+        )
+        _print_problems(log)
+        write(model)
     pieces = _pieces(model)
     print(tr(f"{args.output}: {pieces:,} pieces", f"{args.output}：{pieces:,} 个词元"))
     return 0
@@ -131,26 +122,26 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     what = tr("a .model file or a tokenizer directory", ".model 文件或分词器目录")
     parser.add_argument("base", type=Path, metavar="BASE", help=what)
     parser.add_argument("new", type=Path, metavar="NEW", help=what)
-    _add_output_option(parser)
+    add_output_option(parser, "OUT", tr("a tokenizer directory, or a file NAME.model", "分词器目录，或文件 NAME.model"))
     parser.add_argument(
         "--pad", action="store_true", help=tr("one more piece [PAD], as Alpaca has", "再加一个 [PAD]，如 Alpaca")
     )
-    parser.add_argument(
+    add_list_option(
+        parser,
         "--user-defined",
-        action="append",
-        default=[],
         metavar="TEXT",
-        help=tr("one more piece that is never split; may be repeated", "再加一个不可切分的词元；可重复"),
+        help=tr("more pieces, which are never split", "再加一些不可切分的词元"),
     )
 
 
 def _merge(args: argparse.Namespace) -> int:
     from cnllama.adapt.plots import format_table
-    from cnllama.adapt.tokenizer_merge import merge_tokenizers, open_model, write_tokenizer
+    from cnllama.adapt.tokenizer_merge import merge_tokenizers, open_model, tokenizer_output
 
     base, new = open_model(args.base), open_model(args.new)
     merged = merge_tokenizers(base, new, user_defined=args.user_defined, pad=args.pad)
-    write_tokenizer(args.output, merged.model, inputs=(args.base, args.new))
+    with tokenizer_output(args.output, (args.base, args.new)) as write:
+        write(merged.model)
     rows = [
         (tr("base", "原词表"), merged.base),
         (tr("appended", "新增"), merged.added),
