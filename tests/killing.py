@@ -13,12 +13,13 @@ from cnllama import files
 _KILLED, _FAILED = 77, 78
 
 
-def killed_everywhere(work: Callable[[], object], limit: int = 400) -> Iterator[int]:
+def killed_everywhere(work: Callable[[], object], limit: int = 400, step: int = 1) -> Iterator[int]:
     """Runs `work` in a child that ends as by kill -9 before its first change, then in one that ends before its second.
 
-    Yields the number of the change for every child that was ended; a child that comes to its end is the last.
+    Yields the number of the change for every child that was ended; a child that comes to its end is the last. step: of
+    these numbers.
     """
-    for number in range(limit):
+    for number in range(0, limit, step):
         if not _ends_before(work, number):
             return
         yield number

@@ -42,13 +42,20 @@ class Checkpoints(TrainerCallback):
     """Checks every checkpoint by reading it back, gives it its name when it is whole, then removes the oldest.
 
     own: the result's directory, None in processes that do not write. check: directory -> None, raises when what was
-    saved is not what was trained. items: data items of a step; steps: of an epoch.
+    saved is not what was trained. items: data items of a step; steps: of an epoch. more: what else to keep.
     """
 
     def __init__(
-        self, own: OwnedDirectory | None, *, keep: int, items: int, steps: int, check: Callable[[Path], None]
+        self,
+        own: OwnedDirectory | None,
+        *,
+        keep: int,
+        items: int,
+        steps: int,
+        check: Callable[[Path], None],
+        more: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        self._own, self._keep, self._check = own, keep, check
+        self._own, self._keep, self._check, self._more = own, keep, check, more
         self._items, self._steps = items, steps
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
@@ -65,7 +72,8 @@ class Checkpoints(TrainerCallback):
         epoch, step = divmod(state.global_step, self._steps)
         sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
         position = {"epoch": epoch, "index": step * self._items}
-        write_json(directory / MARK, {"step": state.global_step, "data_position": position, "files": sizes})
+        mark = {"step": state.global_step, "data_position": position, "files": sizes}
+        write_json(directory / MARK, mark | self._more())
         self._own.publish(directory, directory.name)
         for old in complete_checkpoints(self._own)[: -self._keep]:
             drop(self._own, old.name)

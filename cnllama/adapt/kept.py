@@ -56,7 +56,7 @@ def difference(before: Any, now: Any, where: str = "") -> str | None:
         return None
     if isinstance(before, list) and isinstance(now, list):
         if len(before) != len(now) and any(isinstance(item, dict) for item in [*before, *now]):
-            return f"had {len(before)} in {where}, this one has {len(now)}"
+            return f"had {len(before)} {where}, this one has {len(now)}"
         pairs = zip(before, now, strict=True) if len(before) == len(now) else []
         if any(isinstance(item, dict) for item in now):
             return next(filter(None, (difference(then, item, where) for then, item in pairs)), None)

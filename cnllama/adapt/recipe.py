@@ -110,11 +110,7 @@ def run_task(task: Task, recipe: Recipe) -> None:
         if _first():
             before = read_json(mark)
             _check_mark(task, before, {name: _outputs(given.directory) for name, given in task.inputs.items()})
-            found = difference(before.get("outputs"), _outputs(task.directory))
-            if found:
-                raise InputError(
-                    f"{task.directory}: its files were changed after the stage had made them; {_mend(task)}"
-                )
+            _check_outputs(task, before.get("outputs"))
         return
     if not _first() and task.stage.do not in TRAINING:
         return _wait(mark)
@@ -179,6 +175,19 @@ def _check_mark(task: Task, before: Mapping[str, Any], inputs: Mapping[str, Any]
     found = difference(then, as_json(now))
     if found:
         raise InputError(f"{task.directory}: was made by a stage that {found}; {_mend(task)}")
+
+
+def _check_outputs(task: Task, made: Any) -> None:
+    """Raises InputError when a finished stage's files are no longer those that it made."""
+    now = _outputs(task.directory)
+    for name, digest in (made if isinstance(made, dict) else {"": ""}).items():
+        if name not in now:
+            raise InputError(f"{task.directory / name}: is gone, which the stage had made; {_mend(task)}")
+        if now[name] != digest:
+            raise InputError(
+                f"{task.directory / name}: was changed after the stage had made it; put it back, or move "
+                f"{task.directory} away to have it made again"
+            )
 
 
 def _mend(task: Task) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cnllama.adapt.checkpoints import LEFT, Checkpoints, complete_checkpoints, drop, scratch_directory
+from cnllama.adapt.checkpoints import LEFT, MARK, Checkpoints, complete_checkpoints, drop, scratch_directory
 from cnllama.adapt.lora import CONFIG, WEIGHTS, check_saved, count_parameters, fold, load_adapter, prepare
 from cnllama.adapt.plots import loss_curve, read_log
 from cnllama.adapt.progress import LOG, JsonLog, Progress, read_records
-from cnllama.adapt.trainer import BAD_BATCH, AdaptTrainer, Ordered
+from cnllama.adapt.trainer import BAD_BATCH, AdaptTrainer, LossSum, Ordered
+from cnllama.container import read_json
 from cnllama.convert.pack import make_plan
+from cnllama.errors import InputError
 from cnllama.files import write_file, write_json
 from cnllama.ownership import OwnedDirectory
 
@@ -80,13 +82,23 @@ def train(job: Job) -> dict[str, Any]:
     trainer.add_callback(log)
     trainer.add_callback(Progress(stage.label))
     items = settings.batch_size * settings.grad_accum * args.world_size
-    check = lambda directory: _check(stage, directory, model)  # noqa: E731
-    trainer.add_callback(Checkpoints(job.own, keep=settings.keep, items=items, steps=of_epoch, check=check))
+    trainer.add_callback(
+        Checkpoints(
+            job.own,
+            keep=settings.keep,
+            items=items,
+            steps=of_epoch,
+            check=lambda directory: _check(stage, directory, model),
+            more=lambda: {"loss": asdict(trainer.loss_sum)},
+        )
+    )
     if resume is not None and _step(resume) >= total:
         _restore(stage, trainer, log, resume)
     else:
-        if resume is not None and args.should_save:
-            print(f"{stage.label}: going on from step {_step(resume)} of {total}", file=sys.stderr)
+        if resume is not None:
+            trainer.carry(_loss_sum(resume))
+            if args.should_save:
+                print(f"{stage.label}: going on from step {_step(resume)} of {total}", file=sys.stderr)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return _finish(job, trainer, log)
 
@@ -159,6 +171,17 @@ def _arguments(job: Job, resume: bool) -> Any:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _loss_sum(checkpoint: Path) -> LossSum:
+    """What the run had not logged yet when it saved. Raises InputError for a checkpoint that does not say."""
+    loss = read_json(checkpoint / MARK).get("loss")
+    try:
+        return LossSum([float(value) for value in loss["sums"]], int(loss["last_logged"]))  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{checkpoint / MARK}: loss is {loss!r:.60}; the file was changed, remove {checkpoint}"
+        ) from None
 
 
 def _restore(stage: Stage, trainer: Any, log: JsonLog, checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from cnllama.files import write_file
 Batch = dict[str, Any]
 BAD_BATCH = "bad_batch.json"
 _SHOWN_IDS = 64
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Losses since the last line of the log, summed in each process, and the step of that line."""
+
+    sums: list[float]
+    last_logged: int
 
 
 class Ordered(Dataset[Batch]):
@@ -77,6 +86,12 @@ class AdaptTrainer(Trainer):
         self._trained, self._base, self._describe = trained, base, describe
         self._warmup, self._schedule, self._out = warmup, schedule, out
         self._index: list[int] = []
+        self._carried: LossSum | None = None
+        self.loss_sum = LossSum([0.0], 0)
+
+    def carry(self, loss: LossSum) -> None:
+        """Begins with what a stopped run had not logged yet, so that the log is that of a run that never stopped."""
+        self._carried = loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of schedule.py; every step has a rate."""
@@ -110,6 +125,11 @@ class AdaptTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch forwards and backwards. Raises CnllamaError for a loss that is not finite, naming the batch."""
+        if self._carried is not None:
+            rank = self.args.process_index
+            self._tr_loss += self._carried.sums[rank] if rank < len(self._carried.sums) else 0.0
+            self._globalstep_last_logged = self._carried.last_logged
+            self._carried = None
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             self._refuse_batch(float(loss), inputs)
@@ -133,6 +153,8 @@ class AdaptTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, and then the processes meet: what comes after it moves what all of them have written."""
         super()._save_checkpoint(*args, **kwargs)
+        sums = self.accelerator.gather(self._tr_loss.reshape(1))
+        self.loss_sum = LossSum(sums.tolist(), self._globalstep_last_logged)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
