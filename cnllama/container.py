@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama.errors import InputError, from_os_error
-from cnllama.files import Output, check_space, open_regular, read_bytes
+from cnllama.files import Output, open_regular, read_bytes
+from cnllama.space import check_space
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8

@@ -63,7 +63,7 @@ class Output:
         for leftover in temporaries(self._target, "part"):
             remove_leftover(leftover)
         self._fd, self.temporary = self._create()
-        self._mode = stat.S_IMODE(os.fstat(self._fd).st_mode)
+        self._created = os.fstat(self._fd)
         self._committed = False
         if self._target.exists():  # until the end it is nobody's business
             _change_mode(self.temporary, 0o600)
@@ -91,10 +91,10 @@ class Output:
     def commit(self) -> None:
         """Makes the file durable and gives it its final name."""
         try:
-            if not has_name(os.fstat(self._fd), self.temporary):
+            if not has_name(self._created, self.temporary):
                 raise CnllamaError(f"{self.path}: its temporary file {self.temporary.name} was removed or replaced")
             if not self._target.exists():
-                _change_mode(self.temporary, self._mode)
+                _change_mode(self.temporary, stat.S_IMODE(self._created.st_mode))
             _operation("fsync", self.temporary)
             os.fsync(self._fd)
         except OSError as error:
@@ -105,10 +105,9 @@ class Output:
 
     def discard(self) -> None:
         """Removes the temporary file."""
-        mine = has_name(os.fstat(self._fd), self.temporary)
         os.close(self._fd)
         self._committed = True
-        if mine:
+        if has_name(self._created, self.temporary):
             remove_file(self.temporary)
 
     def _create(self) -> tuple[int, Path]:
@@ -406,25 +405,3 @@ def _read(file: IO[bytes], path: Path, count: int) -> bytes:
         return file.read(count)
     except OSError as error:
         raise from_os_error(path, error) from None
-
-
-def free_bytes(directory: Path) -> int:
-    """Bytes an ordinary user may still write in `directory`, or where it would be made."""
-    level = Path(os.path.realpath(directory))
-    while not level.exists() and level.parent != level:
-        level = level.parent
-    try:
-        status = os.statvfs(level)
-    except OSError as error:
-        raise from_os_error(directory, error) from None
-    return status.f_bavail * status.f_frsize
-
-
-def check_space(path: Path, needed: int, what: str = "the file") -> None:
-    """Raises CnllamaError when `needed` bytes cannot fit beside `path`."""
-    free = free_bytes(Path(os.path.realpath(path)).parent)
-    if free < needed:
-        raise CnllamaError(
-            f"{path}: {what} will have {needed:,} bytes but its disk has {free:,} free; free some space or choose "
-            "another place"
-        )

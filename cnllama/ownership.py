@@ -13,7 +13,6 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -189,6 +188,7 @@ class OwnedDirectory:
                 files.sync_file(path)
                 self._files[relative] = [_identity_of(path.stat())]
         self._directories = list(dict.fromkeys([*self._directories, name]))
+        self._files.pop(name, None)  # what had the name before, and is gone
         self._save()
         files.sync_directory(source)
         files.move(source, self._real / name)
@@ -273,6 +273,7 @@ class OwnedDirectory:
         if status is None:
             return
         before = self._identity(name)
+        self._directories = [n for n in self._directories if n != name]
         grows = self._files.pop(name, None) == _GROWS
         self._files[name] = _GROWS if grows else [*([before] if before else []), _identity_of(status)]
         self._save()
@@ -287,7 +288,8 @@ class OwnedDirectory:
         return self._real / name
 
     def _remove_file(self, name: str) -> None:
-        files.remove_file(self._real / name)
+        if self._identity(name) is not None:
+            files.remove_file(self._real / name)
         self._files.pop(name, None)
 
     def _remove_tree(self, name: str) -> None:
@@ -388,22 +390,3 @@ def _foreign(*paths: Path) -> str:
         f"{listed}{more}: cnllama did not write this, or it was changed since; it is neither removed nor overwritten: "
         "move it away, or choose another --output"
     )
-
-
-@contextmanager
-def scratch_beside(target: Path) -> Iterator[Path]:
-    """A directory beside `target` for files that are not final yet, removed at the end with what was made in it.
-
-    Only what goes through files.py may be made there. A killed process leaves at most the directory, which the next
-    scratch for the same target removes.
-    """
-    real = Path(os.path.realpath(target))
-    for leftover in files.temporaries(real, "scratch"):
-        with suppress(CnllamaError), OwnedDirectory(leftover, "scratch") as own:  # a living process has it locked
-            own.delete()
-    with OwnedDirectory(files.temporary_name(real, "scratch"), "scratch") as own:
-        try:
-            yield own.path
-        finally:
-            with suppress(InputError):  # what somebody else put there stays
-                own.delete()

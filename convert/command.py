@@ -13,11 +13,12 @@ from cnllama import _core
 from cnllama.arguments import add_list_option, add_output_option
 from cnllama.errors import InputError
 from cnllama.files import Output
+from cnllama.templates import TEMPLATES
 
 from .pack import Report, convert
 from .quantize.calibration import DEFAULT_TOKENS, parse_tokens
-from .quantize.registry import AUTO, CALIBRATED, DEVICES, QUANTIZERS
-from .quantize.rules import DEFAULT_Q4, EMBEDDINGS, parse_rules, quantizations
+from .quantize.registry import AUTO, CALIBRATED, DEVICES, QUANTIZERS, check_quantizer
+from .quantize.rules import DEFAULT_Q4, EMBEDDINGS, parse_rules, quantizations, scheme_of
 
 HELP = "merge adapters into a Hugging Face LLaMA, quantize and pack it into one .cnl file"
 _MAX_THREADS = 1024
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_list_option(parser, "--lora", metavar="DIR", type=Path, help="PEFT LoRA adapters to merge; their order counts")
     add_output_option(parser, "FILE", "the .cnl to write")
     _add_quantization(parser)
+    parser.set_defaults(check_options=check)
     parser.add_argument("--template", metavar="NAME", help="prompt template to store (default: by vocabulary size)")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="take tokenizer.model from this directory")
     parser.add_argument("--threads", metavar="N", type=int, default=0, help="threads (default: this machine's cores)")
@@ -78,12 +80,23 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Converts and prints the report. Returns the exit code."""
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for options that cannot be, before any file is there."""
     if not 0 <= args.threads <= _MAX_THREADS:
         raise InputError(f"--threads is {args.threads}, expected 0 (automatic) to {_MAX_THREADS}")
     if args.quantizer == "rtn" and (args.calibrate or args.no_check or args.device):
         raise InputError(f"--calibrate, --device and --no-check need --quantizer {' or '.join(CALIBRATED)}")
+    if args.template is not None and args.template not in TEMPLATES:
+        raise InputError(f"--template {args.template!r:.40} is unknown, expected one of {', '.join(TEMPLATES)}")
+    scheme_of(args.quant, "--quant")
+    parse_rules(args.quant_rule)
+    parse_tokens(args.calibrate_tokens)
+    check_quantizer(args.quantizer, args.device or "cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts and prints the report. Returns the exit code."""
+    check(args)
     # Opened first: a report that cannot be written must not be found out after the conversion.
     with Output(args.report) if args.report else nullcontext() as output:
         report = convert(

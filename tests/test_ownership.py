@@ -21,7 +21,8 @@ from killing import killed_everywhere
 from cnllama import files
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import append, write_file, write_json
-from cnllama.ownership import RECORD, OwnedDirectory, scratch_beside
+from cnllama.ownership import RECORD, OwnedDirectory
+from cnllama.scratch import scratch_beside
 
 SCRATCH = re.compile(r"part(/(weights|state/.+|state))?")
 NAMES = st.sampled_from(["a", "b", "log", "model.safetensors", "part-1", "part-2"])
@@ -388,3 +389,12 @@ def test_scratch_beside_a_file_goes_with_what_was_made_in_it(tmp_path: Path) -> 
         files.move(first / "model", target)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([user.name, strange.name, "x.cnl"])
     assert (strange / "photo.jpg").exists()
+
+
+def test_directory_without_permission_is_found_out_at_once(ordinary_user: Path) -> None:
+    closed = ordinary_user / "closed"
+    closed.mkdir(mode=0o500)
+    for out in (closed, closed / "out"):
+        with pytest.raises(InputError, match=r"closed.*: no permission"), open_owned(out):
+            pytest.fail("it was opened")
+    assert list(closed.iterdir()) == []

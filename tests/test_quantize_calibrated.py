@@ -282,7 +282,7 @@ def test_room_for_both_files_is_asked_before_the_calibration(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = convert(tiny_llama, [], tmp_path / "plain.cnl", quantizer="rtn").size
-    monkeypatch.setattr("cnllama.files.free_bytes", lambda _: size * 3 // 2)
+    monkeypatch.setattr("cnllama.space.free_bytes", lambda _: size * 3 // 2)
     monkeypatch.setattr(gptq, "solve", lambda *_: pytest.fail("it was calibrated"))
     with pytest.raises(CnllamaError, match="the two files to compare will have"):
         convert(tiny_llama, [], tmp_path / "x.cnl", quantizer="gptq", calibrate=text, calibrate_tokens=TOKENS)

@@ -13,8 +13,9 @@ from cnllama.adapt.progress import quiet
 from cnllama.adapt.tokenfile import open_vocabulary
 from cnllama.arguments import add_output_option
 from cnllama.errors import InputError
-from cnllama.files import check_space, copy_file
+from cnllama.files import copy_file
 from cnllama.ownership import OwnedDirectory
+from cnllama.space import check_space
 
 _FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _SIZES = (
@@ -36,11 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_option(parser, "DIR", "directory to write")
     for name, default, text in _SIZES:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    parser.set_defaults(check_options=check)
     parser.add_argument("--tie", action="store_true", help="one matrix for embed_tokens and lm_head")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Writes the checkpoint. Raises InputError for sizes that do not divide."""
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for sizes that do not divide."""
     heads, kv_heads = args.heads, args.kv_heads or args.heads
     sizes = (args.hidden_size, args.intermediate_size, args.layers, heads, kv_heads, args.context)
     if min(sizes) < 1 or args.hidden_size % (2 * heads) or heads % kv_heads:
@@ -48,9 +50,14 @@ def run(args: argparse.Namespace) -> int:
             f"hidden size {args.hidden_size}, {heads} heads and {kv_heads} kv heads do not divide: expected heads of "
             "an even width, and heads a multiple of kv heads"
         )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the checkpoint. Raises InputError for sizes that do not divide."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    check(args)
     quiet()
     vocabulary = open_vocabulary(args.tokenizer)
     config = LlamaConfig(
@@ -58,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,
         num_hidden_layers=args.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
         max_position_embeddings=args.context,
         tie_word_embeddings=args.tie,
         bos_token_id=vocabulary.tokenizer.bos_id,

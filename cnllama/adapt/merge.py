@@ -14,7 +14,8 @@ from cnllama.adapt.kept import result_directory
 from cnllama.arguments import add_list_option, add_output_option
 from cnllama.convert.merge import MergedTensor
 from cnllama.convert.pack import Plan, make_plan
-from cnllama.files import check_space, copy_file, write_json
+from cnllama.files import copy_file, write_json
+from cnllama.space import check_space
 
 _SIZES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 _SHARD_BYTES = 4 << 30

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnllama.adapt.data import Source, prepare_text
+from cnllama.adapt.data import Source, check_sources, prepare_text
 from cnllama.adapt.lora import TARGETS, Trained
-from cnllama.adapt.reading import POEM_TEMPLATE
+from cnllama.adapt.reading import POEM_TEMPLATE, template_fields, unescaped
 from cnllama.adapt.settings import Settings, add_training_arguments, from_arguments, parse_source
 from cnllama.adapt.stage import Data, Stage, run_stage
 from cnllama.adapt.tokenfile import Vocabulary
@@ -26,7 +26,7 @@ _LEARNING_RATE = {1: 2e-4, 2: 1e-4}  # the paper's
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    add_training_arguments(parser, 0.0, "learning rate (default 2e-4 in stage 1, 1e-4 in stage 2)")
+    add_training_arguments(parser, "learning rate (default 2e-4 in stage 1, 1e-4 in stage 2)", check)
     parser.add_argument(
         "--stage", type=int, choices=(1, 2), default=2, help="1: embeddings only; 2: LoRA too (default 2)"
     )
@@ -35,12 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> Settings:
+    """The settings. Raises InputError for options that cannot be, before any file is there."""
+    settings = from_arguments(args, _LEARNING_RATE[args.stage])
+    make_trained(args, _mode(args)).check()
+    check_sources(*_sources(args))
+    template_fields(unescaped(args.document))
+    return settings
+
+
+def _mode(args: argparse.Namespace) -> str:
+    return "full" if args.full else "embeddings" if args.stage == 1 else "lora"
+
+
+def _sources(args: argparse.Namespace) -> tuple[list[Source], list[Source]]:
+    """Training and held-out files."""
+    document = unescaped(args.document)
+    training = [Source(s.path, s.repeat, document) for s in map(parse_source, args.data)]
+    return training, [Source(Path(name), 1.0, document) for name in args.eval]
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains; returns the result. Raises InputError for wrong input."""
-    settings = from_arguments(args, args.lr or _LEARNING_RATE[args.stage])
-    document = args.document.encode().decode("unicode_escape") if "\\" in args.document else args.document
-    sources = [Source(s.path, s.repeat, document) for s in map(parse_source, args.data)]
-    held_out = [Source(Path(name), 1.0, document) for name in args.eval]
+    settings = check(args)
+    sources, held_out = _sources(args)
 
     def prepare_data(vocabulary: Vocabulary) -> Data:
         size, bar = settings.block_size, sys.stderr.isatty()
@@ -57,10 +75,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             report=[line for report in train.reports for line in report.lines()],
         )
 
-    mode = "full" if args.full else "embeddings" if args.stage == 1 else "lora"
     label = f"pretrain, stage {args.stage}" if not args.full else "pretrain, full"
-    files = Files(sources, held_out, prepare_data, {"document": document})
-    return run_stage(make_stage(args, label, mode, settings, files))
+    files = Files(sources, held_out, prepare_data, {"document": unescaped(args.document)})
+    return run_stage(make_stage(args, label, _mode(args), settings, files))
 
 
 @dataclass(frozen=True)
@@ -75,26 +92,30 @@ class Files:
 
 def make_stage(args: argparse.Namespace, label: str, mode: str, settings: Settings, files: Files) -> Stage:
     """The stage that a parsed command line describes."""
-    trained = Trained(
-        mode=mode,
-        rank=args.rank,
-        alpha=args.alpha,
-        dropout=args.dropout,
-        targets=tuple(args.targets or TARGETS),
-        old_rows=args.train_new_rows_only,
-    )
     return Stage(
         label=label,
         model=args.model,
         adapters=list(args.adapter),
         out=args.output,
-        trained=trained,
+        trained=make_trained(args, mode),
         settings=settings,
         data=files.data,
         held_out=files.held_out,
         prepare_data=files.prepare,
         data_options=files.options,
         restart=args.restart,
+    )
+
+
+def make_trained(args: argparse.Namespace, mode: str) -> Trained:
+    """What is to be trained."""
+    return Trained(
+        mode=mode,
+        rank=args.rank,
+        alpha=args.alpha,
+        dropout=args.dropout,
+        targets=tuple(args.targets or TARGETS),
+        old_rows=args.train_new_rows_only,
     )
 
 

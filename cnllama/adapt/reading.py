@@ -141,6 +141,11 @@ def _read_text(path: Path, log: ReadLog) -> Iterator[str]:
         yield "\n".join(paragraphs)
 
 
+def unescaped(template: str) -> str:
+    """A rendering template as it was typed, where a line break is \\n and a tab \\t."""
+    return template.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def template_fields(template: str) -> list[str]:
     """Names of the fields in a rendering template. Raises InputError for a template that is not plain {name}s."""
     try:

@@ -197,7 +197,7 @@ def _references(values: Sequence[Any]) -> Iterator[str]:
 def expand(recipe: Recipe, out: Path) -> list[Task]:
     """Every stage once, or once for each variant, in an order in which they can run. Raises InputError.
 
-    Every command line has been parsed: what a command refuses by its options alone is refused here.
+    Every command line has been parsed and checked: what a command refuses by its options alone is refused here.
     """
     tasks: dict[str, list[Task]] = {}
     for stage in recipe.stages:
@@ -321,7 +321,10 @@ def _complete(task: Task, recipe: Recipe, chosen: Options, parser: argparse.Argu
         task.outside.append((stage.file, Path(_fill(stage.file, recipe.variables))))
     if parser is not None:
         try:
-            parser.parse_args(task.words)
+            parsed = parser.parse_args(task.words)
+            check = getattr(parsed, "check_options", None)
+            if check is not None:
+                check(parsed)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 

@@ -28,7 +28,8 @@ from cnllama.convert.checkpoint import (
 )
 from cnllama.convert.tokenizers import MAX_TOKENIZER, MODEL, TokenizerFiles, first_difference, read_tokenizer
 from cnllama.errors import InputError
-from cnllama.files import check_space, copy_file, read_bytes, write_json
+from cnllama.files import copy_file, read_bytes, write_json
+from cnllama.space import check_space
 from cnllama.tokenizer import SPACE, Tokenizer
 
 INITS = ("mean", "normal", "zeros")

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +84,11 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, lr: float, lr_help: str) -> None:
-    """Declares the options that every training stage has. lr: the default, 0 when the stage decides."""
-    defaults = Settings(lr=lr)
+def add_training_arguments(parser: argparse.ArgumentParser, lr_help: str, check: Callable[..., object]) -> None:
+    """Declares the options that every training stage has. check: looks at the parsed ones, before any file is there."""
+    defaults = Settings(lr=1.0)
     add = parser.add_argument
+    parser.set_defaults(check_options=check)
     add("model", metavar="MODEL", type=Path, help="directory of a Hugging Face LLaMA, resized if its tokenizer grew")
     add_output_option(parser, "DIR", "where checkpoints, log and result go")
     add_list_option(
@@ -100,7 +102,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, lr: float, lr_help: 
     add("--dropout", type=float, default=0.05, help="dropout of LoRA (default 0.05)")
     add_list_option(parser, "--targets", metavar="NAME", help="matrices that get LoRA (default: all seven)")
     add("--train-new-rows-only", metavar="OLD", type=int, help="leave the first OLD rows of the embeddings as they are")
-    add("--lr", type=float, default=lr, help=lr_help)
+    add("--lr", type=float, help=lr_help)
     for name, kind, text in (
         ("block_size", int, "tokens of a sequence"),
         ("batch_size", int, "sequences on a device at a time"),
@@ -131,9 +133,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, lr: float, lr_help: 
 
 
 def from_arguments(args: argparse.Namespace, lr: float) -> Settings:
-    """The checked settings of a parsed command line."""
+    """The checked settings of a parsed command line. lr: the learning rate where none is given."""
     names = {field.name for field in dataclasses.fields(Settings)} - {"lr"}
-    settings = Settings(lr=lr, **{name: getattr(args, name) for name in names})
+    settings = Settings(lr=lr if args.lr is None else args.lr, **{name: getattr(args, name) for name in names})
     settings.check()
     return settings
 

@@ -36,8 +36,9 @@ from cnllama.config import from_hf
 from cnllama.container import read_json
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
-from cnllama.files import check_space, read_bytes, write_json
+from cnllama.files import read_bytes, write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.space import check_space
 
 _IDENTITY = 2  # raised when the same options come to mean something else
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -17,7 +17,7 @@ from cnllama.arguments import add_comma_option, add_list_option
 from cnllama.cli.eval_shared import Files, add_text_options, command, opener, read, say
 from cnllama.errors import InputError
 from cnllama.files import make_directory
-from cnllama.ownership import scratch_beside
+from cnllama.scratch import scratch_beside
 from cnllama.textio import tr
 
 if TYPE_CHECKING:

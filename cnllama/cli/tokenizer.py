@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnllama.arguments import add_list_option, add_output_option
+from cnllama.files import Output
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog
+    from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog, unescaped
     from cnllama.adapt.tokenizer_merge import tokenizer_output
     from cnllama.adapt.tokenizer_train import train_tokenizer
 
@@ -106,7 +107,7 @@ def _train(args: argparse.Namespace) -> int:
             args.files,
             args.vocab_size,
             form=args.input_format,
-            template=args.template or POEM_TEMPLATE,
+            template=unescaped(args.template or POEM_TEMPLATE),
             options=options,
             progress=sys.stderr.isatty(),
             log=log,
@@ -166,13 +167,17 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog
+    from cnllama.adapt.plots import need_matplotlib
+    from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog, unescaped
     from cnllama.adapt.tokenizer_merge import open_model
     from cnllama.adapt.tokenizer_report import measure, plot_report, read_sample, report_table
 
+    if args.plot is not None:
+        need_matplotlib()
+        Output(args.plot).discard()  # a place that cannot be written is found out before the work
     models = [open_model(path) for path in (args.old, args.new)]
     log = ReadLog()
-    lines = read_sample(args.file, log, args.template or POEM_TEMPLATE, args.input_format)
+    lines = read_sample(args.file, log, unescaped(args.template or POEM_TEMPLATE), args.input_format)
     _print_problems(log)
     old, new = (measure(name, files, lines) for name, files in zip(_names(args.old, args.new), models, strict=True))
     if args.plot is not None:

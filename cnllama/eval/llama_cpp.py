@@ -19,7 +19,8 @@ import numpy.typing as npt
 from cnllama.errors import CnllamaError, InputError
 from cnllama.eval.gguf_header import read_gguf
 from cnllama.eval.models import FloatArray, Item, Progress, Rows
-from cnllama.files import Output, check_space
+from cnllama.files import Output
+from cnllama.space import check_space
 
 DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K")
 _FILE_PREFIX, _TENSOR_PREFIX = "LLAMA_FTYPE_MOSTLY_", "GGML_TYPE_"

@@ -20,7 +20,8 @@ from cnllama.container import SafetensorsFile
 from cnllama.eval.models import Item, Progress, Rows, Scorer
 from cnllama.eval.numerics import log_softmax
 from cnllama.eval.texts import Window
-from cnllama.files import Output, check_space
+from cnllama.files import Output
+from cnllama.space import check_space
 
 _FORMAT, _VERSION, _NAME = "cnllama-reference", "1", "logprobs"
 _ROWS = 64

@@ -15,8 +15,8 @@ from cnllama.eval.models import EngineScorer, Progress, Scorer
 from cnllama.eval.perplexity import compare, perplexity
 from cnllama.eval.stored import SavingScorer, StoredScorer, stored_bytes
 from cnllama.eval.texts import CONVENTION, Text, Window, check_window, windows
-from cnllama.files import check_space
 from cnllama.plan import DEFAULT_CONTEXT, STEP_TOKENS, trained_length
+from cnllama.space import check_space
 from cnllama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

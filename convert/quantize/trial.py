@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama.errors import CnllamaError
-from cnllama.files import Output, check_space, move
-from cnllama.ownership import scratch_beside
+from cnllama.files import Output, move
+from cnllama.scratch import scratch_beside
+from cnllama.space import check_space
 
 CONTEXT = 512
 _SURE = 2.0  # standard errors
