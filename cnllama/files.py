@@ -105,9 +105,10 @@ class Output:
 
     def discard(self) -> None:
         """Removes the temporary file."""
+        mine = has_name(self._created, self.temporary)  # while it is open nobody else has its inode
         os.close(self._fd)
         self._committed = True
-        if has_name(self._created, self.temporary):
+        if mine:
             remove_file(self.temporary)
 
     def _create(self) -> tuple[int, Path]:
