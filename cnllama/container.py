@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import mmap
 import os
-import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +16,9 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.errors import CnllamaError, InputError, from_os_error
+from cnllama.errors import InputError, from_os_error
+from cnllama.files import Output, open_regular, read_bytes
+from cnllama.space import check_space
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
@@ -57,13 +56,8 @@ def parse_json(text: str | bytes, what: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file. Raises InputError when it cannot be read or is no object."""
-    try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size:,} bytes is too long for a configuration file")
-        data = path.read_bytes()
-    except OSError as error:
-        raise from_os_error(path, error) from None
+    """The object in a small JSON file. Raises InputError when it is no regular file, too long, or no object."""
+    data = read_bytes(path, MAX_HEADER_BYTES)
     value = parse_json(data.removeprefix(b"\xef\xbb\xbf"), f"{path}: the file")
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
@@ -77,18 +71,14 @@ def is_count(value: object, low: int = 0, high: int = 1 << 62) -> bool:
 
 def map_file(path: Path) -> tuple[mmap.mmap, int]:
     """A read-only map of the whole file and its size in bytes. Raises InputError for what is no readable file."""
-    try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for its writer
-            raise InputError(f"{path}: this is no regular file")
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size == 0:
-                raise InputError(f"{path}: the file is empty; its download or conversion was cut off, make it again")
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise from_os_error(path, error) from None
-    return mapping, status.st_size
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise InputError(f"{path}: the file is empty; its download or conversion was cut off, make it again")
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), size
+        except OSError as error:
+            raise from_os_error(path, error) from None
 
 
 @dataclass(frozen=True)
@@ -204,92 +194,6 @@ class SafetensorsFile:
             )
 
 
-class Output:
-    """A file written under a temporary name beside the final one and renamed when it is complete.
-
-    As a context manager it removes the temporary file unless commit() was reached; a killed process leaves at most the
-    temporary one, which the next run for the same name removes. A symbolic link is written through. Raises CnllamaError
-    for a full disk and InputError for a place that cannot be written.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._target = Path(os.path.realpath(self.path))
-        if os.path.isdir(self._target):
-            raise InputError(f"{self.path}: this is a directory, expected the name of a file to write")
-        if os.path.exists(self._target) and not os.path.isfile(self._target):
-            raise InputError(
-                f"{self.path}: this is no regular file, which the result would replace; choose another name"
-            )
-        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.part")
-        self._committed = False
-        self._remove_leftovers()
-        try:
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        except OSError as error:
-            raise from_os_error(self.path, error) from None
-        self._lock()
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if not self._committed:
-            self.discard()
-
-    def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Writes all bytes at `offset`."""
-        view = memoryview(data).cast("B")
-        try:
-            while view:
-                written = os.pwrite(self._fd, view, offset)
-                view, offset = view[written:], offset + written
-        except OSError as error:
-            raise from_os_error(self.path, error) from None
-
-    def commit(self) -> None:
-        """Makes the file durable and gives it its final name."""
-        try:
-            os.fsync(self._fd)
-            os.replace(self._temporary, self._target)
-        except OSError as error:
-            raise from_os_error(self.path, error) from None
-        self._committed = True
-        os.close(self._fd)
-        with suppress(OSError):  # a directory that may not be read, or a file system that cannot sync one
-            directory = os.open(self._target.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-
-    def discard(self) -> None:
-        """Removes the temporary file."""
-        os.close(self._fd)
-        self._temporary.unlink(missing_ok=True)
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (ImportError, OSError):  # no locks here: then leftovers are not cleaned up either
-            return
-
-    def _remove_leftovers(self) -> None:
-        try:
-            import fcntl
-
-            for leftover in self._target.parent.glob(f".{glob.escape(self._target.name)}.[0-9]*.part"):
-                with open(leftover, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a living conversion holds the lock
-                    leftover.unlink()
-        except (ImportError, OSError):
-            return
-
-
 class TensorWriter:
     """The tensors of a file, streamed to a temporary name that becomes the final one when all are there.
 
@@ -347,22 +251,3 @@ class TensorWriter:
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
-
-
-def free_bytes(directory: Path) -> int:
-    """Bytes an ordinary user may still write in `directory`."""
-    try:
-        status = os.statvfs(directory)
-    except OSError as error:
-        raise from_os_error(directory, error) from None
-    return status.f_bavail * status.f_frsize
-
-
-def check_space(path: Path, needed: int) -> None:
-    """Raises CnllamaError when `needed` bytes cannot fit beside `path`."""
-    free = free_bytes(Path(os.path.realpath(path)).parent)
-    if free < needed:
-        raise CnllamaError(
-            f"{path}: the file will have {needed:,} bytes but its disk has {free:,} free; free some space or choose "
-            "another place"
-        )

@@ -10,13 +10,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from cnllama import _core
-from cnllama.container import Output
+from cnllama.arguments import add_list_option, add_output_option
 from cnllama.errors import InputError
+from cnllama.files import Output
+from cnllama.templates import TEMPLATES
 
 from .pack import Report, convert
 from .quantize.calibration import DEFAULT_TOKENS, parse_tokens
-from .quantize.registry import AUTO, CALIBRATED, DEVICES, QUANTIZERS
-from .quantize.rules import DEFAULT_Q4, EMBEDDINGS, parse_rules, quantizations
+from .quantize.registry import AUTO, CALIBRATED, DEVICES, QUANTIZERS, check_quantizer
+from .quantize.rules import DEFAULT_Q4, EMBEDDINGS, parse_rules, quantizations, scheme_of
 
 HELP = "merge adapters into a Hugging Face LLaMA, quantize and pack it into one .cnl file"
 _MAX_THREADS = 1024
@@ -25,16 +27,10 @@ _MAX_THREADS = 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.add_argument("base", metavar="BASE", type=Path, help="directory of a Hugging Face LLaMA")
-    parser.add_argument(
-        "--lora",
-        metavar="DIR",
-        type=Path,
-        action="append",
-        default=[],
-        help="PEFT LoRA adapter to merge; may be repeated, and the order counts",
-    )
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the .cnl to write")
+    add_list_option(parser, "--lora", metavar="DIR", type=Path, help="PEFT LoRA adapters to merge; their order counts")
+    add_output_option(parser, "FILE", "the .cnl to write")
     _add_quantization(parser)
+    parser.set_defaults(check_options=check)
     parser.add_argument("--template", metavar="NAME", help="prompt template to store (default: by vocabulary size)")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="take tokenizer.model from this directory")
     parser.add_argument("--threads", metavar="N", type=int, default=0, help="threads (default: this machine's cores)")
@@ -52,11 +48,10 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         help=f"weight scheme, default q4 ({DEFAULT_Q4}); short names: {', '.join(short)}; schemes and their bits per "
         f"weight: {', '.join(bits.values())}",
     )
-    parser.add_argument(
+    add_list_option(
+        parser,
         "--quant-rule",
         metavar="RULES",
-        action="append",
-        default=[],
         help="other schemes for some matrices: 'PATTERN=NAME,...', the last that matches wins, as in "
         f"'lm_head=q8,*.down_proj=q8' (embed_tokens and lm_head are {EMBEDDINGS} unless a rule says otherwise)",
     )
@@ -85,12 +80,23 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Converts and prints the report. Returns the exit code."""
+def check(args: argparse.Namespace) -> None:
+    """Raises InputError for options that cannot be, before any file is there."""
     if not 0 <= args.threads <= _MAX_THREADS:
         raise InputError(f"--threads is {args.threads}, expected 0 (automatic) to {_MAX_THREADS}")
     if args.quantizer == "rtn" and (args.calibrate or args.no_check or args.device):
         raise InputError(f"--calibrate, --device and --no-check need --quantizer {' or '.join(CALIBRATED)}")
+    if args.template is not None and args.template not in TEMPLATES:
+        raise InputError(f"--template {args.template!r:.40} is unknown, expected one of {', '.join(TEMPLATES)}")
+    scheme_of(args.quant, "--quant")
+    parse_rules(args.quant_rule)
+    parse_tokens(args.calibrate_tokens)
+    check_quantizer(args.quantizer, args.device or "cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts and prints the report. Returns the exit code."""
+    check(args)
     # Opened first: a report that cannot be written must not be found out after the conversion.
     with Output(args.report) if args.report else nullcontext() as output:
         report = convert(

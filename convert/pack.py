@@ -277,7 +277,7 @@ def _calibrated(
     more = {"quantizer": quantizer.name, "calibration": calibration.record()}
     if not check:
         return job.write(output, quantizer, more), None
-    with Trial(output, quantizer.name) as trial:
+    with Trial(output, quantizer.name, sum(stored_bytes(*row) for row in job.table.values())) as trial:
         calibrated = job.write(trial.calibrated, quantizer, more)
         plain = job.write(trial.plain, Rtn())
         try:

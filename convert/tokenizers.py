@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.container import is_count, read_json
-from cnllama.errors import InputError, from_os_error
+from cnllama.errors import InputError
+from cnllama.files import read_bytes
 
 MODEL, ADDED, CONFIG, SPECIAL = (
     "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
 )  # fmt: skip
+MAX_TOKENIZER = 1 << 28  # bytes of a model
 # The order in which transformers gives ids to special tokens that the vocabulary lacks.
 _SPECIAL_KEYS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -139,12 +141,7 @@ def _id_of(files: TokenizerFiles, text: str) -> int:
 
 
 def _read_model(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise from_os_error(path, error) from None
+    return read_bytes(path, MAX_TOKENIZER) if path.exists() else None
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

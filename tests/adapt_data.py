@@ -9,6 +9,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import models
+
 WHEN = ("春天", "夏天", "秋天", "冬天", "清晨", "黄昏", "夜里", "中午")
 WHERE = ("山上", "河边", "村里", "城外", "桥下", "湖中", "林间", "院子里")
 WHO = ("老人", "孩子", "渔夫", "书生", "燕子", "白马", "姑娘", "将军")
@@ -62,3 +64,12 @@ def write_jsonl(path: Path, records: list[Any]) -> Path:
 def pairs(count: int) -> list[dict[str, str]]:
     """Instructions with answers of different lengths."""
     return [{"instruction": f"问题{i}", "input": "", "output": f"回答{i}" * (1 + i % 7)} for i in range(count)]
+
+
+def small_base(directory: Path, data: Path) -> Path:
+    """A checkpoint of hidden 64 and 2 layers with a tokenizer of the training text, weights as trained ones have."""
+    tokenizer = models.train_tokenizer((data / "zh.txt").read_text().splitlines(), 420)
+    config = models.small_config(models.piece_count(tokenizer), hidden_size=64, intermediate_size=128)
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    tensors = {name: value * 0.3 if value.ndim == 2 else value for name, value in models.random_tensors(config).items()}
+    return models.make_llama(directory, tokenizer, tensors=tensors, dtype="float32", **config)

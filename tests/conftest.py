@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +38,14 @@ def pytest_report_header() -> list[str]:
         f"cpu: {info['model']}, kernels {info['isa']} of {', '.join(info['isas'])}, {info['default_threads']} threads",
         "versions: " + ", ".join(versions),
     ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hashes that tests remember are not those of the person who runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +93,20 @@ def best_isa() -> object:
     before = _core.isa()
     yield before
     _core.use_isa(before)
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[Path]:
+    """An open directory for a user whom permissions bind: root steps down for the test."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        for directory in folder.rglob("*/"):
+            directory.chmod(0o700)
+        shutil.rmtree(folder)

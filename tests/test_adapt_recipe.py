@@ -21,7 +21,7 @@ pytest.importorskip("peft", reason="recipes need the training libraries")
 
 from test_adapt_pipeline import ROOT, free_port, inside
 
-from cnllama.adapt.recipe import expand, read_recipe
+from cnllama.adapt.recipe_file import expand, read_recipe
 from cnllama.errors import InputError
 
 SWEEP = """

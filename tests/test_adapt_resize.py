@@ -86,7 +86,7 @@ def test_new_rows_are_means_and_everything_else_stays(
     config = models.json_of(tmp_path / "out" / "config.json")
     assert config == models.json_of(base / "config.json") | {"vocab_size": rows}
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == merged
-    assert not list((tmp_path / "out").glob(".*"))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".cnllama.json"]
 
 
 def test_transformers_loads_the_result(tmp_path: Path, tokenizer: Path, english: bytes, merged: bytes) -> None:
@@ -215,7 +215,7 @@ def test_refusals(tmp_path: Path, tokenizer: Path, english: bytes, merged: bytes
         ("'<extra>'; give the base without", (wide, tokenizer, out), {}),
         ("one of the inputs", (base, tokenizer, base), {}),
         ("one of the inputs", (base, tokenizer, tokenizer), {}),
-        ("holds a checkpoint already", (base, tokenizer, same), {}),
+        ("cnllama did not write this", (base, tokenizer, same), {}),
         ("this is a file", (base, tokenizer, base / "config.json"), {}),
         ("no initialization 'ones'", (base, tokenizer, out), {"init": "ones"}),
         ("multiple of 0", (base, tokenizer, out), {"multiple": 0}),
@@ -254,8 +254,13 @@ def test_command_line(tmp_path: Path, tokenizer: Path, english: bytes, capsys: p
     output = capsys.readouterr().out
     assert "norm of new rows" in output
     assert EMBED in output
-    assert main(arguments) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert main(arguments) == 0, "the same again is finished already"
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert main([*arguments, "--init", "zeros"]) == 2
+    message = capsys.readouterr().err
+    assert "had options init 'mean', this one has 'zeros'" in message
+    assert message.count("\n") == 1
 
 
 def test_any_shape_is_written(tmp_path: Path) -> None:

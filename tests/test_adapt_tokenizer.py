@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cnllama.convert.tokenizers import TokenizerFiles
 
 from cnllama.adapt.plots import comparison_plot, format_table, loss_curve, read_log
 from cnllama.adapt.reading import ReadLog
-from cnllama.adapt.tokenizer_merge import merge_tokenizers, open_model, write_tokenizer
+from cnllama.adapt.tokenizer_merge import merge_tokenizers, open_model, tokenizer_output
 from cnllama.adapt.tokenizer_report import EXAMPLE, measure, read_sample
 from cnllama.adapt.tokenizer_train import _cut, train_tokenizer
 from cnllama.cli.main import main
@@ -137,6 +138,11 @@ def test_the_released_tokenizers(tmp_path: Path, shared_data: Path, capsys: pyte
 # the directory
 
 
+def write_tokenizer(out: Path, model: bytes, inputs: Sequence[Path] = ()) -> None:
+    with tokenizer_output(out, inputs) as write:
+        write(model)
+
+
 def check_against_transformers(directory: Path, lines: list[str]) -> int:
     """Lines whose ids differ: transformers 5 ranks merges one by one, SentencePiece lets the pieces tie."""
     transformers = pytest.importorskip("transformers")
@@ -156,6 +162,7 @@ def check_against_transformers(directory: Path, lines: list[str]) -> int:
 def test_transformers_reads_the_directory(tmp_path: Path, english: bytes, chinese: bytes) -> None:
     write_tokenizer(tmp_path / "t", merge_tokenizers(files_of(english), files_of(chinese), pad=True).model)
     assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [
+        ".cnllama.json",
         "special_tokens_map.json",
         "tokenizer.model",
         "tokenizer_config.json",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import adapt_data
-import models
 import numpy as np
 import pytest
 
@@ -35,12 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """A checkpoint of hidden 64 and 2 layers with a tokenizer of the training text, weights as trained ones have."""
-    tokenizer = models.train_tokenizer((data / "zh.txt").read_text().splitlines(), 420)
-    config = models.small_config(models.piece_count(tokenizer), hidden_size=64, intermediate_size=128)
-    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    tensors = {name: value * 0.3 if value.ndim == 2 else value for name, value in models.random_tensors(config).items()}
-    return models.make_llama(tmp_path_factory.mktemp("base"), tokenizer, tensors=tensors, dtype="float32", **config)
+    return adapt_data.small_base(tmp_path_factory.mktemp("base"), data)
 
 
 def losses(out: Path) -> list[float]:

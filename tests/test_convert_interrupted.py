@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cnllama.convert.pack import convert
 from models import command, make_llama
 
-from cnllama.container import Output
 from cnllama.errors import InputError
+from cnllama.files import Output
 from cnllama.format import CnlWriter, open_cnl
 
 
@@ -76,23 +72,6 @@ def test_file_size_limit_is_one_sentence(tmp_path: Path, tiny_llama: Path) -> No
     assert "the file would pass the largest size allowed here" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def ordinary_user() -> Iterator[Path]:
-    """An open directory for a user whom permissions bind: root steps down for the test."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o777)
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield folder
-    finally:
-        os.seteuid(user)
-        for directory in folder.rglob("*/"):
-            directory.chmod(0o700)
-        shutil.rmtree(folder)
 
 
 def test_directories_without_permission(ordinary_user: Path) -> None:

@@ -78,15 +78,15 @@ def test_symbolic_link_is_written_through(tmp_path: Path) -> None:
 
 def test_leftover_of_a_killed_run_is_removed_but_not_of_a_living_one(tmp_path: Path) -> None:
     path, values, table = small(tmp_path)
-    (tmp_path / ".out.cnl.1.part").write_bytes(b"dead")
+    (tmp_path / ".out.cnl.cnllama-1-00000000.part").write_bytes(b"dead")
     with CnlWriter(path, values, table) as first:
-        assert len(list(tmp_path.glob(".out.cnl.*.part"))) == 1
-        living = next(iter(tmp_path.glob(".out.cnl.*.part")))
-        moved = living.rename(tmp_path / ".out.cnl.2.part")
+        (living,) = tmp_path.iterdir()
         with CnlWriter(path, values, table):
-            assert moved.exists()
-        moved.rename(living)
+            assert living.exists()
+            assert len(list(tmp_path.iterdir())) == 2
+        assert list(tmp_path.iterdir()) == [living]
         first.write("a", bytes(64))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from models import ROPE_SCALINGS, load_transformers, make_llama, sample_lines
 from reference import rotary_frequencies as reference_frequencies
 
 from cnllama import _core
-from cnllama.container import Output
 from cnllama.errors import CnllamaError
+from cnllama.files import Output, temporary_name, write_file
 from cnllama.format import open_cnl
+from cnllama.ownership import OwnedDirectory
 from cnllama.plan import Available
 from cnllama.tokenizer import Tokenizer
 from cnllama.verify import compare, dequantized, verify
@@ -255,11 +256,34 @@ def test_a_model_too_large_to_run_is_kept_unchecked(
 
 
 def test_what_is_in_the_way_is_found_before_the_calibration(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
-    (tmp_path / ".x.cnl.gptq").write_bytes(b"left by a killed run")
+    """Whatever it is called, a file beside the output is the user's, unless a killed run's record says otherwise."""
+    (tmp_path / ".x.cnl.gptq").write_bytes(b"mine")
+    left = temporary_name(tmp_path / "x.cnl", "scratch")
+    with OwnedDirectory(left, "scratch"):
+        write_file(left / "model.gptq", b"left by a killed run")
     with pytest.raises(CnllamaError, match="this is a directory"):
         convert(tiny_llama, [], tmp_path, quantizer="gptq", calibrate=text, calibrate_tokens=TOKENS)
     convert(tiny_llama, [], tmp_path / "x.cnl", quantizer="gptq", calibrate=text, calibrate_tokens=TOKENS)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.cnl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.cnl.gptq", "x.cnl"]
+    assert (tmp_path / ".x.cnl.gptq").read_bytes() == b"mine"
     with Output(tmp_path / "y.cnl"):  # an output that was never written leaves nothing either
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["x.cnl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.cnl.gptq", "x.cnl"]
+
+
+def test_calibrated_file_keeps_the_mode_of_the_one_it_replaces(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.cnl").write_bytes(b"old")
+    (tmp_path / "x.cnl").chmod(0o600)
+    convert(tiny_llama, [], tmp_path / "x.cnl", quantizer="gptq", calibrate=text, calibrate_tokens=TOKENS)
+    assert (tmp_path / "x.cnl").stat().st_mode & 0o777 == 0o600
+
+
+def test_room_for_both_files_is_asked_before_the_calibration(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = convert(tiny_llama, [], tmp_path / "plain.cnl", quantizer="rtn").size
+    monkeypatch.setattr("cnllama.space.free_bytes", lambda _: size * 3 // 2)
+    monkeypatch.setattr(gptq, "solve", lambda *_: pytest.fail("it was calibrated"))
+    with pytest.raises(CnllamaError, match="the two files to compare will have"):
+        convert(tiny_llama, [], tmp_path / "x.cnl", quantizer="gptq", calibrate=text, calibrate_tokens=TOKENS)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain.cnl"]

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog, read_conversations, read_documents, template_fields
+from cnllama.adapt.reading import (
+    FORMATS,
+    POEM_TEMPLATE,
+    ReadLog,
+    check_files,
+    format_of,
+    read_conversations,
+    read_documents,
+    template_fields,
+)
 from cnllama.adapt.tokenfile import Entry, FileReport, Ids, Positions, TokenFile, Vocabulary, token_file
 from cnllama.errors import InputError
 from cnllama.templates import Template, Token, encode_chat, get_template
@@ -265,7 +274,7 @@ def prepare_text(
 
     Tokens lie in the directory `cache` and are made once. Raises InputError for unreadable or empty files.
     """
-    _check_sources(sources)
+    check_sources(sources)
     if block_size < 2:
         raise InputError(f"the block size is {block_size}, expected at least 2")
     files = []
@@ -298,12 +307,8 @@ def prepare_chat(
     Every answer of a conversation becomes a sample whose prompt is all before it; where that is too long, the oldest
     turns go first and the end of the answer last. Raises InputError for unreadable or empty files.
     """
-    _check_sources(sources)
-    chosen = get_template(template)
-    if not chosen.fresh_answer:
-        raise InputError(
-            f"the template {template!r} does not tell prompt from answer; choose alpaca, alpaca-2 or chatml"
-        )
+    check_sources(sources)
+    chosen = chat_template(template)
     if max_length < 2:
         raise InputError(f"the maximum length is {max_length}, expected at least 2")
     options = {"kind": "chat", "template": repr(chosen), "max_length": max_length}
@@ -347,9 +352,24 @@ def _end_token(template: Template, tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id if named is None else named
 
 
-def _check_sources(sources: Sequence[Source]) -> None:
+def check_sources(
+    sources: Sequence[Source], held_out: Sequence[Source] = (), forms: Sequence[str] = tuple(FORMATS.values())
+) -> None:
+    """Raises InputError for files that cannot be of these forms by their names, and for repeats that cannot be."""
     if not sources:
         raise InputError("there is no data file; give at least one")
-    for source in sources:
+    for source in (*sources, *held_out):
         if not 0 < source.repeat < 1 << 20:
             raise InputError(f"{source.path}: its repeat is {source.repeat:g}, expected a number over 0")
+        if source.path.is_dir():
+            check_files([source.path])
+        if format_of(source.path) not in forms:
+            raise InputError(f"{source.path}: a text file holds no instructions, expected .jsonl or .json")
+
+
+def chat_template(name: str) -> Template:
+    """A prompt template to train on. Raises InputError for one that does not tell prompt from answer."""
+    chosen = get_template(name)
+    if not chosen.fresh_answer:
+        raise InputError(f"the template {name!r} does not tell prompt from answer; choose alpaca, alpaca-2 or chatml")
+    return chosen

@@ -12,28 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from cnllama.container import DTYPE_BYTES, Output
+from cnllama.container import DTYPE_BYTES
 from cnllama.convert.checkpoint import FloatArray, SourceTensor
 from cnllama.errors import InputError
+from cnllama.files import Output
 
 _CHUNK_BYTES = 1 << 24
+_FLOAT16_OVERFLOW = 65520.0  # rounds to infinity
 
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to be written: read(begin, end) gives float32 rows, stored as `dtype` (F16, BF16 or F32)."""
+    """A tensor to be written: read(begin, end) gives float32 rows, stored as `dtype` (F16, BF16 or F32).
+
+    where: the files it comes from, for errors.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[int, int], FloatArray]
     release: Callable[[], None]
+    where: str = ""
 
     @classmethod
     def copy_of(cls, source: SourceTensor) -> OutTensor:
         """The same values in the same type. Raises InputError for a type that holds no weights."""
         if source.dtype not in ("F16", "BF16", "F32"):
             raise InputError(f"{source.file}: tensor {source.name} has dtype {source.dtype}, expected F16, BF16 or F32")
-        return cls(source.dtype, source.shape, source.read, source.release)
+        return cls(source.dtype, source.shape, source.read, source.release, str(source.file))
 
     @property
     def nbytes(self) -> int:
@@ -42,29 +48,28 @@ class OutTensor:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, OutTensor], advance: Callable[[int], object] = lambda _: None
+    path: Path, tensors: Mapping[str, OutTensor], advance: Callable[[int], object] = lambda _: None, finite: bool = True
 ) -> None:
     """Writes the tensors in the given order, under the final name only when complete.
 
-    advance: called with the bytes of every piece written. Raises CnllamaError for a full disk, InputError for NaN or
-    infinity in a tensor and for a place that cannot be written.
+    advance: called with the bytes of every piece written. finite: NaN and infinity are refused, and so are values that
+    float16 cannot hold. Raises CnllamaError for a full disk, InputError for such values and for a place that cannot be
+    written.
     """
     header = _header(tensors)
-    output = Output(path)
-    try:
+    with Output(path) as output:
         output.write(header, 0)
         offset = len(header)
         for name, tensor in tensors.items():
-            for values in _chunks(path, name, tensor):
+            for values in _chunks(tensor):
+                if finite:
+                    _check_values(tensor.where or str(path), name, values, tensor.dtype)
                 data = encode(values, tensor.dtype)
                 output.write(data, offset)
                 offset += len(data)
                 advance(len(data))
             tensor.release()
         output.commit()
-    except BaseException:
-        output.discard()
-        raise
 
 
 def _header(tensors: Mapping[str, OutTensor]) -> bytes:
@@ -79,14 +84,21 @@ def _header(tensors: Mapping[str, OutTensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _chunks(path: Path, name: str, tensor: OutTensor) -> Iterator[FloatArray]:
+def _chunks(tensor: OutTensor) -> Iterator[FloatArray]:
     rows = tensor.shape[0] if tensor.shape else 1
     step = max(1, _CHUNK_BYTES // max(1, 4 * math.prod(tensor.shape[1:])))
     for begin in range(0, rows, step):
-        values = tensor.read(begin, min(begin + step, rows))
-        if not np.isfinite(values).all():
-            raise InputError(f"{path}: tensor {name} would hold NaN or infinity; the source is damaged, get it again")
-        yield values
+        yield tensor.read(begin, min(begin + step, rows))
+
+
+def _check_values(where: str, name: str, values: FloatArray, dtype: str) -> None:
+    if not np.isfinite(values).all():
+        raise InputError(f"{where}: tensor {name} holds NaN or infinity, expected finite numbers; get it again")
+    largest = float(np.abs(values).max(initial=0.0))
+    if dtype == "F16" and largest >= _FLOAT16_OVERFLOW:
+        raise InputError(
+            f"{where}: tensor {name} reaches {largest:g}, more than float16 holds; merge with --dtype bfloat16"
+        )
 
 
 def encode(values: FloatArray, dtype: str) -> bytes:

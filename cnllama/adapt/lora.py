@@ -7,7 +7,6 @@ instead of in a second copy (PEFT's modules_to_save wrapper), which is a gigabyt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnllama.adapt.hf_checkpoint import OutTensor, write_safetensors
 from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.errors import CnllamaError, InputError
+from cnllama.files import make_directory, write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODES = ("embeddings", "lora", "full")
@@ -195,12 +196,15 @@ def adapter_config(trained: Trained, base: str) -> dict[str, Any]:
 
 
 def save_adapter(directory: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
-    """Writes the two files of a PEFT adapter."""
-    from safetensors.torch import save_file
+    """Writes the two files of a PEFT adapter, the one without which it is none last. tensors: float32, on the CPU."""
+    make_directory(directory)
+    written = {name: _out_tensor(tensor) for name, tensor in tensors.items()}
+    write_safetensors(directory / WEIGHTS, written, finite=False)
+    write_json(directory / CONFIG, config)
 
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+def _out_tensor(tensor: torch.Tensor) -> OutTensor:
+    return OutTensor("F32", tuple(tensor.shape), lambda begin, end: tensor[begin:end].numpy(), lambda: None)
 
 
 def load_adapter(model: nn.Module, directory: Path) -> None:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from cnllama.adapt.lora import Trained, count_parameters, prepare
+from cnllama.adapt.lora import Trained, adapter_shapes, count_parameters, prepare
 from cnllama.errors import InputError
 from cnllama.plan import available_memory
 
@@ -35,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device. Activations are an estimate, the rest is counted."""
+    """Bytes on one device. Activations are an estimate, the rest is counted. saved: of the result on the disk."""
 
     trained: int
     total: int
@@ -44,6 +45,7 @@ class MemoryPlan:
     optimizer: int
     activations: int
     logits: int
+    saved: int
 
     @property
     def bytes(self) -> int:
@@ -91,6 +93,7 @@ def plan_memory(config: Any, trained: Trained, shape: Shape) -> MemoryPlan:
         optimizer=trains * _OPTIMIZER_BYTES[shape.optimizer],
         activations=activations,
         logits=tokens * config.vocab_size * (8 + width),
+        saved=4 * (total if trained.mode == "full" else sum(map(math.prod, adapter_shapes(model).values()))),
     )
 
 

@@ -4,25 +4,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shutil
-import struct
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from cnllama.adapt.output import write_json
-from cnllama.container import Output
+from cnllama.adapt.hf_checkpoint import OutTensor, write_safetensors
+from cnllama.adapt.kept import result_directory
+from cnllama.arguments import add_list_option, add_output_option
 from cnllama.convert.merge import MergedTensor
-from cnllama.convert.pack import make_plan
-from cnllama.errors import InputError, from_os_error
+from cnllama.convert.pack import Plan, make_plan
+from cnllama.files import copy_file, write_json
+from cnllama.space import check_space
 
 _SIZES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
-_CHUNK_VALUES = 1 << 23
 _SHARD_BYTES = 4 << 30
 _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
@@ -30,115 +25,80 @@ _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_token
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("base", metavar="BASE", type=Path, help="directory of a Hugging Face LLaMA")
-    parser.add_argument("--lora", metavar="DIR", type=Path, nargs="+", required=True, help="adapters, in order")
-    parser.add_argument("-o", "--out", metavar="DIR", type=Path, required=True, help="checkpoint to write")
+    add_list_option(parser, "--lora", metavar="DIR", type=Path, required=True, help="adapters, in order")
+    add_output_option(parser, "DIR", "checkpoint to write")
     parser.add_argument("--dtype", choices=sorted(_SIZES), default="float16", help="of the result (default float16)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Merges; prints what was written. Returns the exit code."""
-    size = merge_checkpoint(args.base, args.lora, args.out, args.dtype, progress=sys.stderr.isatty())
-    print(f"{args.out}: {size / 1e9:.2f} GB, merged from {args.base} and {len(args.lora)} adapters")
+    size = merge_checkpoint(args.base, args.lora, args.output, args.dtype, progress=sys.stderr.isatty())
+    print(f"{args.output}: {size / 1e9:.2f} GB, merged from {args.base} and {len(args.lora)} adapters")
     return 0
 
 
 def merge_checkpoint(base: Path, adapters: Sequence[Path], out: Path, dtype: str, progress: bool = False) -> int:
     """Writes safetensors shards tensor by tensor; returns their bytes. config.json, written last, completes it.
 
-    Raises InputError for adapters that do not fit, and for values too large for float16.
+    What a killed run left in `out` is begun anew, and a finished result of the same inputs is left as it is. Raises
+    InputError for adapters that do not fit, for values too large for float16, and where `out` holds anything else.
     """
-    from tqdm import tqdm
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is there already, expected a new or empty directory")
     plan = make_plan(base, adapters)
     for notice in plan.notices:
         print(f"warning: {notice}", file=sys.stderr)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise from_os_error(out, error) from None
-    shards = _shards(plan.tensors, _SIZES[dtype][1])
-    total: int = sum(math.prod(tensor.shape) for tensor in plan.tensors.values())
+    kind, item = _SIZES[dtype]
+    size: int = sum(math.prod(tensor.shape) for tensor in plan.tensors.values()) * item
+    inputs = {"base": [base], "adapters": adapters}
+    with result_directory(out, "adapt merge", inputs=inputs, options={"dtype": dtype}, last="config.json") as own:
+        if own is not None:
+            check_space(out / "config.json", size, "the checkpoint")
+            _write_weights(plan, out, kind, size, progress)
+            _write_small_files(plan, base, out, dtype)
+    return size
+
+
+def _write_weights(plan: Plan, out: Path, kind: str, size: int, progress: bool) -> None:
+    from tqdm import tqdm
+
+    tensors = {name: _out_tensor(tensor, kind) for name, tensor in plan.tensors.items()}
+    shards = _shards(tensors)
     weight_map: dict[str, str] = {}
-    with tqdm(total=total, unit="w", unit_scale=True, desc="merging", disable=not progress) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
         for number, names in enumerate(shards, 1):
-            stem = "model" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}"
-            weight_map |= dict.fromkeys(names, f"{stem}.safetensors")
-            _write_shard(out / f"{stem}.safetensors", [plan.tensors[name] for name in names], dtype, bar)
+            file = "model" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}"
+            weight_map |= dict.fromkeys(names, f"{file}.safetensors")
+            write_safetensors(out / f"{file}.safetensors", {name: tensors[name] for name in names}, bar.update)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total * _SIZES[dtype][1]}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(out / "model.safetensors.index.json", index)
+
+
+def _out_tensor(tensor: MergedTensor, kind: str) -> OutTensor:
+    return OutTensor(kind, tuple(tensor.shape), tensor.read, tensor.release, tensor.files())
+
+
+def _write_small_files(plan: Plan, base: Path, out: Path, dtype: str) -> None:
     tokenizer = plan.vocabulary.tokenizer.file.parent
-    shutil.copyfile(plan.vocabulary.tokenizer.file, out / "tokenizer.model")
+    copy_file(plan.vocabulary.tokenizer.file, out / "tokenizer.model")
     for name in _SMALL_FILES:
         source = next((d / name for d in (tokenizer, base) if (d / name).exists()), None)
         if source is not None:
-            shutil.copyfile(source, out / name)
+            copy_file(source, out / name)
     config = {**plan.checkpoint.config, "vocab_size": plan.config["vocab_size"]}
     config["tie_word_embeddings"] = plan.config["tie_word_embeddings"]
     config["torch_dtype"] = dtype
     config.pop("dtype", None)
     write_json(out / "config.json", config)
-    return total * _SIZES[dtype][1]
 
 
-def _shards(tensors: Mapping[str, MergedTensor], item: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, OutTensor]) -> list[list[str]]:
     """Names in file order, cut where a shard would grow too large."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        bytes_ = math.prod(tensor.shape) * item
-        if shards[-1] and size + bytes_ > _SHARD_BYTES:
+        if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += bytes_
+        size += tensor.nbytes
     return shards
-
-
-def _write_shard(path: Path, tensors: Sequence[MergedTensor], dtype: str, bar: Any) -> None:
-    kind, item = _SIZES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + math.prod(tensor.shape) * item
-        header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    output = Output(path)
-    try:
-        output.write(struct.pack("<Q", len(text)) + text, 0)
-        offset = 8 + len(text)
-        for tensor in tensors:
-            step = tensor.shape[0] if len(tensor.shape) == 1 else max(1, _CHUNK_VALUES // tensor.shape[1])
-            for row in range(0, tensor.shape[0], step):
-                data = _encode(tensor, tensor.read(row, min(row + step, tensor.shape[0])), dtype)
-                output.write(data, offset)
-                offset += len(data)
-                bar.update(len(data) // item)
-            tensor.release()
-        output.commit()
-    except BaseException:
-        output.discard()
-        raise
-
-
-def _encode(tensor: MergedTensor, values: np.ndarray[Any, np.dtype[np.float32]], dtype: str) -> bytes:
-    if not np.isfinite(values).all():
-        raise InputError(f"{tensor.files()}: tensor {tensor.name} holds NaN or infinity, expected finite numbers")
-    if dtype == "float32":
-        return np.ascontiguousarray(values, "<f4").tobytes()
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
-            half = values.astype("<f2")
-        if not np.isfinite(half).all():
-            raise InputError(
-                f"{tensor.files()}: tensor {tensor.name} reaches {np.abs(values).max():g}, more than float16 holds; "
-                "merge with --dtype bfloat16"
-            )
-        return half.tobytes()
-    bits = np.ascontiguousarray(values, "<f4").view("<u4")
-    # round to nearest, ties to even
-    rounded: bytes = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2").tobytes()
-    return rounded

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnllama.adapt.output import write_file
-from cnllama.errors import InputError, from_os_error
+from cnllama.errors import InputError
+from cnllama.files import read_bytes, write_file
 
 _DPI = 120
 _TREND_WINDOWS = 50
+_MAX_LOG = 1 << 30
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -46,14 +47,10 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
     counts. Raises InputError when the file cannot be read.
     """
     series: dict[str, dict[int, float]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise from_os_error(path, error) from None
-    for line in lines:
+    for line in read_bytes(path, _MAX_LOG).splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         step = record.get("step") if isinstance(record, dict) else None
         if not isinstance(step, int):
@@ -148,6 +145,11 @@ def encoding_plot(
 def _edges(longest: int) -> list[float]:
     width = max(1, -(-longest // 40))
     return [i * width + 0.5 for i in range(longest // width + 2)]
+
+
+def need_matplotlib() -> None:
+    """Raises InputError when matplotlib is missing: before the work whose plot it would draw."""
+    _figure(1)
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:

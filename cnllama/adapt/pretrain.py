@@ -5,27 +5,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnllama.adapt.data import Source, prepare_text
+from cnllama.adapt.data import Source, check_sources, prepare_text
 from cnllama.adapt.lora import TARGETS, Trained
-from cnllama.adapt.reading import POEM_TEMPLATE
-from cnllama.adapt.settings import add_training_arguments, from_arguments, parse_source
+from cnllama.adapt.reading import POEM_TEMPLATE, template_fields, unescaped
+from cnllama.adapt.settings import Settings, add_training_arguments, from_arguments, parse_source
+from cnllama.adapt.stage import Data, Stage, run_stage
 from cnllama.adapt.tokenfile import Vocabulary
-from cnllama.adapt.train import Data, Stage, run_stage
 from cnllama.adapt.trainer import Collator
-from cnllama.errors import from_os_error
+from cnllama.errors import InputError
+from cnllama.ownership import OwnedDirectory
 
 _LEARNING_RATE = {1: 2e-4, 2: 1e-4}  # the paper's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    add_training_arguments(parser, 0.0, "learning rate (default 2e-4 in stage 1, 1e-4 in stage 2)")
+    add_training_arguments(parser, "learning rate (default 2e-4 in stage 1, 1e-4 in stage 2)", check)
     parser.add_argument(
         "--stage", type=int, choices=(1, 2), default=2, help="1: embeddings only; 2: LoRA too (default 2)"
     )
@@ -34,12 +35,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check(args: argparse.Namespace) -> Settings:
+    """The settings. Raises InputError for options that cannot be, before any file is there."""
+    settings = from_arguments(args, _LEARNING_RATE[args.stage])
+    make_trained(args, _mode(args)).check()
+    check_sources(*_sources(args))
+    template_fields(unescaped(args.document))
+    return settings
+
+
+def _mode(args: argparse.Namespace) -> str:
+    return "full" if args.full else "embeddings" if args.stage == 1 else "lora"
+
+
+def _sources(args: argparse.Namespace) -> tuple[list[Source], list[Source]]:
+    """Training and held-out files."""
+    document = unescaped(args.document)
+    training = [Source(s.path, s.repeat, document) for s in map(parse_source, args.data)]
+    return training, [Source(Path(name), 1.0, document) for name in args.eval]
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains; returns the result. Raises InputError for wrong input."""
-    settings = from_arguments(args, args.lr or _LEARNING_RATE[args.stage])
-    document = args.document.encode().decode("unicode_escape") if "\\" in args.document else args.document
-    sources = [Source(s.path, s.repeat, document) for s in map(parse_source, args.data)]
-    held_out = [Source(Path(name), 1.0, document) for name in args.eval]
+    settings = check(args)
+    sources, held_out = _sources(args)
 
     def prepare_data(vocabulary: Vocabulary) -> Data:
         size, bar = settings.block_size, sys.stderr.isatty()
@@ -53,18 +72,44 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             evaluation,
             Collator(),
             padded=False,
-            identity={"files": [[r.entries, r.tokens, s.repeat] for r, s in zip(train.reports, sources, strict=True)]},
             report=[line for report in train.reports for line in report.lines()],
         )
 
-    mode = "full" if args.full else "embeddings" if args.stage == 1 else "lora"
     label = f"pretrain, stage {args.stage}" if not args.full else "pretrain, full"
-    return run_stage(make_stage(args, label, mode, settings, prepare_data))
+    files = Files(sources, held_out, prepare_data, {"document": unescaped(args.document)})
+    return run_stage(make_stage(args, label, _mode(args), settings, files))
 
 
-def make_stage(args: argparse.Namespace, label: str, mode: str, settings: Any, prepare_data: Any) -> Stage:
+@dataclass(frozen=True)
+class Files:
+    """What a verb makes of its data options: see Stage."""
+
+    data: list[Source]
+    held_out: list[Source]
+    prepare: Callable[[Vocabulary], Data]
+    options: dict[str, Any]
+
+
+def make_stage(args: argparse.Namespace, label: str, mode: str, settings: Settings, files: Files) -> Stage:
     """The stage that a parsed command line describes."""
-    trained = Trained(
+    return Stage(
+        label=label,
+        model=args.model,
+        adapters=list(args.adapter),
+        out=args.output,
+        trained=make_trained(args, mode),
+        settings=settings,
+        data=files.data,
+        held_out=files.held_out,
+        prepare_data=files.prepare,
+        data_options=files.options,
+        restart=args.restart,
+    )
+
+
+def make_trained(args: argparse.Namespace, mode: str) -> Trained:
+    """What is to be trained."""
+    return Trained(
         mode=mode,
         rank=args.rank,
         alpha=args.alpha,
@@ -72,17 +117,13 @@ def make_stage(args: argparse.Namespace, label: str, mode: str, settings: Any, p
         targets=tuple(args.targets or TARGETS),
         old_rows=args.train_new_rows_only,
     )
-    return Stage(label, args.model, args.adapter, args.out, trained, settings, prepare_data, args.restart)
 
 
 @contextlib.contextmanager
 def open_cache(args: argparse.Namespace) -> Iterator[Path]:
     """The directory of the tokenized files, while no other process of this machine makes any."""
-    cache = Path(args.cache) if args.cache else Path(args.out).parent / "tokens"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield cache
-    except OSError as error:
-        raise from_os_error(cache, error) from None
+    cache = Path(args.cache) if args.cache else Path(args.output).parent / "tokens"
+    if cache.resolve() == Path(args.output).resolve():
+        raise InputError(f"{cache}: tokenized files and the result cannot share a directory; choose another --cache")
+    with OwnedDirectory(cache, "tokenized data", wait=True):
+        yield cache

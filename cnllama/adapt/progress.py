@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees of training, and what is kept of it: a bar, a JSONL log, checkpoints that are known to be whole."""
+"""What a user sees of training, and what is kept of it: a bar and a JSONL log."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from cnllama.adapt.output import write_json
+from cnllama.files import append, read_bytes, write_file
+from cnllama.ownership import OwnedDirectory
 
-LOG, MARK = "log.jsonl", "complete.json"
+LOG = "log.jsonl"
+_MAX_LOG = 1 << 30
 
 
 class Progress(TrainerCallback):
@@ -70,18 +70,19 @@ class JsonLog(TrainerCallback):
     seconds counts training over all runs. A run that goes on removes the lines that it is about to write again.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / LOG
+    def __init__(self, directory: Path, own: OwnedDirectory | None) -> None:
+        self._path, self._own = directory / LOG, own
         self._before, self._started = 0.0, time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Cuts the log at the step that training goes on from."""
-        if not state.is_world_process_zero:
+        if self._own is None:
             return
         kept = [record for record in read_records(self._path) if record["step"] <= state.global_step]
         if not state.global_step:
             kept = []
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_file(self._path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._own.let_grow(LOG)
         self._before = max((record.get("seconds", 0.0) for record in kept), default=0.0)
         self._started = time.monotonic()
 
@@ -93,7 +94,7 @@ class JsonLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Appends a line."""
         logs = logs or {}
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(logs):
+        if self._own is None or not {"loss", "eval_loss"} & set(logs):
             return
         record = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         record |= {"tokens": state.num_input_tokens_seen, "seconds": round(self.seconds, 2)}
@@ -102,8 +103,7 @@ class JsonLog(TrainerCallback):
                 record[name] = logs[given]
         if "eval_loss" in logs:
             record["eval_loss"] = logs["eval_loss"]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self._path, json.dumps(record).encode() + b"\n")
 
 
 def quiet() -> None:
@@ -118,57 +118,11 @@ def quiet() -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Lines of a log that are whole."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_bytes(path, _MAX_LOG).splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the process was killed while it wrote
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
-
-
-class Checkpoints(TrainerCallback):
-    """Checks every checkpoint by reading it back, marks it as complete, then removes the oldest.
-
-    check: directory -> None, raises when what was saved is not what was trained. items: data items of a step;
-    steps: of an epoch.
-    """
-
-    def __init__(self, directory: Path, keep: int, items: int, steps: int, check: Callable[[Path], None]) -> None:
-        self._directory, self._keep, self._check = directory, keep, check
-        self._items, self._steps = items, steps
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-        """Chooses the order of the epoch before the data loader begins it."""
-        if train_dataloader is not None:
-            train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After everything of a checkpoint is on the disk."""
-        if not state.is_world_process_zero:
-            return
-        directory = self._directory / f"checkpoint-{state.global_step}"
-        self._check(directory)
-        epoch, step = divmod(state.global_step, self._steps)
-        files = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
-        write_json(
-            directory / MARK,
-            {"step": state.global_step, "data_position": {"epoch": epoch, "index": step * self._items}, "files": files},
-        )
-        for old in complete_checkpoints(self._directory)[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that were saved to the end and still have all their files, oldest first."""
-    found = []
-    for path in directory.glob("checkpoint-*"):
-        try:
-            mark = json.loads((path / MARK).read_text(encoding="utf-8"))
-            whole = all((path / name).stat().st_size == size for name, size in mark["files"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if whole:
-            found.append((int(mark["step"]), path))
-    return [path for _, path in sorted(found)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.errors import InputError, from_os_error
+from cnllama.files import open_regular, read_bytes
 from cnllama.templates import join_input
 
 FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".json": "json"}
@@ -19,6 +20,7 @@ POEM_TEMPLATE = "《{title}》\n{dynasty}·{author}\n{paragraphs}"
 # A text file without blank lines would otherwise be one document of its own size.
 MAX_DOCUMENT_CHARS = 1 << 18
 _LISTED_PROBLEMS = 20
+_MAX_ARRAY = 1 << 32  # bytes of a .json file, which is read whole
 _BOM = "\ufeff"
 
 
@@ -61,7 +63,7 @@ def format_of(path: Path, given: str | None = None) -> str:
 def read_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end). Lines that are not UTF-8 are problems."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for number, raw in enumerate(file, 1):
                 log.bytes_read += len(raw)
                 try:
@@ -96,9 +98,7 @@ def read_records(path: Path, log: ReadLog, form: str | None = None) -> Iterator[
 
 def _read_array(path: Path, log: ReadLog) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        records = json.loads(path.read_bytes())
-    except OSError as error:
-        raise from_os_error(path, error) from None
+        records = json.loads(read_bytes(path, _MAX_ARRAY))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error!s:.80}); for an object on each line use .jsonl") from None
     if not isinstance(records, list):
@@ -139,6 +139,11 @@ def _read_text(path: Path, log: ReadLog) -> Iterator[str]:
             paragraphs, size = [], 0
     if paragraphs:
         yield "\n".join(paragraphs)
+
+
+def unescaped(template: str) -> str:
+    """A rendering template as it was typed, where a line break is \\n and a tab \\t."""
+    return template.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def template_fields(template: str) -> list[str]:
@@ -241,8 +246,4 @@ def check_files(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.is_dir():
             raise InputError(f"{path}: this is a directory, expected a file of text or JSON lines")
-        try:
-            with open(path, "rb"):
-                pass
-        except OSError as error:
-            raise from_os_error(path, error) from None
+        open_regular(path).close()

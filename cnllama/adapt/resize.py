@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from cnllama.adapt.hf_checkpoint import OutTensor, write_safetensors
-from cnllama.adapt.output import copy_file, write_json
+from cnllama.adapt.kept import result_directory
 from cnllama.adapt.plots import format_table
-from cnllama.adapt.tokenizer_merge import write_tokenizer
+from cnllama.adapt.tokenizer_merge import write_tokenizer_files
+from cnllama.arguments import add_output_option
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.container import check_space
 from cnllama.convert.checkpoint import (
     Checkpoint,
     FloatArray,
@@ -26,8 +26,10 @@ from cnllama.convert.checkpoint import (
     open_checkpoint,
     open_weights,
 )
-from cnllama.convert.tokenizers import MODEL, TokenizerFiles, first_difference, read_tokenizer
-from cnllama.errors import InputError, from_os_error
+from cnllama.convert.tokenizers import MAX_TOKENIZER, MODEL, TokenizerFiles, first_difference, read_tokenizer
+from cnllama.errors import InputError
+from cnllama.files import copy_file, read_bytes, write_json
+from cnllama.space import check_space
 from cnllama.tokenizer import SPACE, Tokenizer
 
 INITS = ("mean", "normal", "zeros")
@@ -75,7 +77,9 @@ def resize(
     init: "mean" gives a new row the mean of the rows that its text had under the old tokenizer (the mean of all rows
     where it had none, and for padding), "normal" draws from the old rows' mean and deviation by column.
     multiple: rows are padded to a multiple of it. Old rows and all other tensors keep their values and types; .bin
-    becomes safetensors. Raises InputError when the tokenizer does not extend the base's and when `out` is in use.
+    becomes safetensors. What a killed run left in `out` is begun anew, and a finished result of the same inputs is left
+    as it is (growth is empty then). Raises InputError when the tokenizer does not extend the base's, and where `out`
+    holds anything else.
     """
     if init not in INITS:
         raise InputError(f"there is no initialization {init!r}: choose one of {', '.join(INITS)}")
@@ -91,7 +95,6 @@ def resize(
         raise InputError(
             f"{tokenizer}: has {new.size:,} ids and {base} has rows for them all; there is nothing to grow"
         )
-    _prepare(out, base, tokenizer)
     matrices = [name for name in (EMBEDDING, LM_HEAD) if name in checkpoint.tensors]
     warnings = []
     if checkpoint.config.get("vocab_size") != rows:
@@ -102,8 +105,13 @@ def resize(
     grown_by_name = {
         name: _GrownMatrix(_matrix(checkpoint, name, rows), old.size, parts, init, seed) for name in matrices
     }
-    _write_weights(checkpoint, out, grown_by_name, progress)
-    _write_small_files(checkpoint, tokenizer, new, out, grown)
+    inputs = {"base": [base], "tokenizer": [tokenizer]}
+    options = {"init": init, "pad_to_multiple": multiple, "seed": seed}
+    with result_directory(out, "adapt resize", inputs=inputs, options=options, last="config.json") as own:
+        if own is None:
+            return Resized(out, grown, [], warnings)
+        _write_weights(checkpoint, out, grown_by_name, progress)
+        _write_small_files(checkpoint, tokenizer, new, out, grown)
     return Resized(out, grown, [matrix.growth(name) for name, matrix in grown_by_name.items()], warnings)
 
 
@@ -142,10 +150,7 @@ def _tokenizers(base: Path, tokenizer: Path, rows: int) -> tuple[TokenizerFiles,
 
 
 def _model_file(path: Path) -> TokenizerFiles:
-    try:
-        return TokenizerFiles(path, path.read_bytes())
-    except OSError as error:
-        raise from_os_error(path, error) from None
+    return TokenizerFiles(path, read_bytes(path, MAX_TOKENIZER))
 
 
 def _text_of(files: TokenizerFiles, i: int) -> str | None:
@@ -243,28 +248,13 @@ class _GrownMatrix:
         return mean.astype(np.float32), deviation.astype(np.float32), norms / self.kept
 
 
-def _prepare(out: Path, base: Path, tokenizer: Path) -> None:
-    """Makes the directory. Raises InputError when it is an input or holds a finished checkpoint."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: this is a file, expected the name of a directory to write")
-    for given in (base, tokenizer):
-        if out.exists() and given.exists() and out.samefile(given):
-            raise InputError(f"{out}: this is one of the inputs and would be overwritten; choose another directory")
-    if (out / "config.json").exists():
-        raise InputError(f"{out}: holds a checkpoint already; remove it or choose another directory")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise from_os_error(out, error) from None
-
-
 def _write_weights(checkpoint: Checkpoint, out: Path, grown: Mapping[str, _GrownMatrix], progress: bool) -> None:
     """Every file of the base: copied when it holds no grown matrix, else written anew."""
     from tqdm import tqdm
 
     files = list(dict.fromkeys(tensor.file for tensor in checkpoint.tensors.values()))
     needed = sum(path.stat().st_size for path in files) + sum(m.tensor.nbytes for m in grown.values())
-    check_space(out / "model.safetensors", needed)
+    check_space(out / "model.safetensors", needed, "the checkpoint")
     weight_map: dict[str, str] = {}
     total = 0
     with tqdm(total=needed, unit="B", unit_scale=True, desc="resize", disable=not progress) as bar:
@@ -299,7 +289,7 @@ def _write_small_files(checkpoint: Checkpoint, tokenizer: Path, new: TokenizerFi
             if (tokenizer / name).exists():
                 copy_file(tokenizer / name, out / name)
     else:
-        write_tokenizer(out, new.model)
+        write_tokenizer_files(out, new.model)
     for name in _KEPT:
         if (checkpoint.directory / name).exists():
             copy_file(checkpoint.directory / name, out / name)
@@ -307,12 +297,12 @@ def _write_small_files(checkpoint: Checkpoint, tokenizer: Path, new: TokenizerFi
 
 
 def add_resize_arguments(parser: argparse.ArgumentParser) -> None:
-    """BASE TOKENIZER -o OUT [--init mean|normal|zeros] [--pad-to-multiple N] [--seed S]."""
+    """BASE TOKENIZER -o DIR [--init mean|normal|zeros] [--pad-to-multiple N] [--seed S]."""
     parser.add_argument("base", type=Path, metavar="BASE", help="directory of a Hugging Face LLaMA")
     parser.add_argument(
         "tokenizer", type=Path, metavar="TOKENIZER", help="merged tokenizer: a directory or .model file"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="directory to write")
+    add_output_option(parser, "DIR", "directory to write")
     parser.add_argument(
         "--init", choices=INITS, default="mean", help="new rows (default: mean of the old tokens' rows)"
     )
@@ -336,6 +326,7 @@ def run_resize(args: argparse.Namespace) -> int:
     for warning in done.warnings:
         print(f"cnllama: warning: {warning}", file=sys.stderr)
     rows: list[Any] = [(g.name, g.old_rows, g.new_rows, g.old_norm, g.new_norm) for g in done.growth]
-    print(format_table(("matrix", "rows before", "rows after", "norm of old rows", "norm of new rows"), rows))
+    if rows:
+        print(format_table(("matrix", "rows before", "rows after", "norm of old rows", "norm of new rows"), rows))
     print(f"{done.directory}: {done.rows:,} rows")
     return 0

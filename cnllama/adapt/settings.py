@@ -7,17 +7,19 @@ import argparse
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cnllama.adapt.data import Source
+from cnllama.adapt.schedule import SCHEDULES
+from cnllama.arguments import add_list_option, add_output_option
 from cnllama.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw-8bit")
 # What may differ between the run that was stopped and the one that goes on.
-_FREE = {"save_every", "keep", "eval_every", "log_every", "compile", "cache"}
+_FREE = {"save_every", "keep", "eval_every", "log_every", "compile", "deepspeed", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Settings:
     """A training stage without its model and data. Sizes in tokens or sequences, times in optimizer steps.
 
     batch_size is of one device; a step has batch_size * grad_accum * devices sequences. max_steps overrides epochs.
-    warmup is the share of all steps. save_every, eval_every: 0 is only at the end.
+    warmup is the share of all steps (schedule.py). save_every, eval_every: 0 is only at the end.
     """
 
     lr: float
@@ -74,7 +76,7 @@ class Settings:
             raise InputError("--deepspeed needs deepspeed, which is not installed; run pip install deepspeed")
 
     def identity(self) -> dict[str, object]:
-        """The values that a resumed run must share."""
+        """The values that a resumed run must share; the dtype as it turned out, and files, are added by the stage."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE}
 
 
@@ -82,22 +84,25 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, lr: float, lr_help: str) -> None:
-    """Declares the options that every training stage has. lr: the default, 0 when the stage decides."""
-    defaults = Settings(lr=lr)
+def add_training_arguments(parser: argparse.ArgumentParser, lr_help: str, check: Callable[..., object]) -> None:
+    """Declares the options that every training stage has. check: looks at the parsed ones, before any file is there."""
+    defaults = Settings(lr=1.0)
     add = parser.add_argument
+    parser.set_defaults(check_options=check)
     add("model", metavar="MODEL", type=Path, help="directory of a Hugging Face LLaMA, resized if its tokenizer grew")
-    add("-o", "--out", metavar="DIR", type=Path, required=True, help="where checkpoints, log and result go")
-    add("--data", metavar="FILE[:N]", nargs="+", required=True, help="training files; N times each epoch (default 1)")
-    add("--eval", metavar="FILE", nargs="+", default=[], help="held-out files")
-    add("--adapter", metavar="DIR", nargs="+", type=Path, default=[], help="earlier adapters, merged first, in order")
+    add_output_option(parser, "DIR", "where checkpoints, log and result go")
+    add_list_option(
+        parser, "--data", metavar="FILE[:N]", required=True, help="training files; N times each epoch (default 1)"
+    )
+    add_list_option(parser, "--eval", metavar="FILE", help="held-out files")
+    add_list_option(parser, "--adapter", metavar="DIR", type=Path, help="earlier adapters, merged first, in order")
     add("--full", action="store_true", help="train every parameter; the result is a whole checkpoint")
     add("--rank", type=int, default=8, help="rank of LoRA (default 8)")
     add("--alpha", type=float, default=32.0, help="alpha of LoRA (default 32)")
     add("--dropout", type=float, default=0.05, help="dropout of LoRA (default 0.05)")
-    add("--targets", nargs="+", metavar="NAME", help="matrices that get LoRA (default: all seven)")
+    add_list_option(parser, "--targets", metavar="NAME", help="matrices that get LoRA (default: all seven)")
     add("--train-new-rows-only", metavar="OLD", type=int, help="leave the first OLD rows of the embeddings as they are")
-    add("--lr", type=float, default=lr, help=lr_help)
+    add("--lr", type=float, help=lr_help)
     for name, kind, text in (
         ("block_size", int, "tokens of a sequence"),
         ("batch_size", int, "sequences on a device at a time"),
@@ -123,14 +128,14 @@ def add_training_arguments(parser: argparse.ArgumentParser, lr: float, lr_help: 
     add("--compile", action="store_true", help="torch.compile the model")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add("--deepspeed", metavar="FILE", help="DeepSpeed configuration; others come through accelerate launch")
-    add("--cache", metavar="DIR", type=Path, help="where tokenized files lie (default: OUT/../tokens)")
-    add("--restart", action="store_true", help="discard what an earlier run left in OUT")
+    add("--cache", metavar="DIR", type=Path, help="where tokenized files lie (default: DIR/../tokens)")
+    add("--restart", action="store_true", help="discard what an earlier run left in DIR")
 
 
 def from_arguments(args: argparse.Namespace, lr: float) -> Settings:
-    """The checked settings of a parsed command line."""
+    """The checked settings of a parsed command line. lr: the learning rate where none is given."""
     names = {field.name for field in dataclasses.fields(Settings)} - {"lr"}
-    settings = Settings(lr=lr, **{name: getattr(args, name) for name in names})
+    settings = Settings(lr=lr if args.lr is None else args.lr, **{name: getattr(args, name) for name in names})
     settings.check()
     return settings
 

@@ -11,11 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.adapt.data import IGNORED, ChatDataset, Item, PadCollator, Source, prepare_chat
-from cnllama.adapt.pretrain import make_stage, open_cache
-from cnllama.adapt.settings import add_training_arguments, from_arguments, parse_source
+from cnllama.adapt.data import (
+    IGNORED,
+    ChatDataset,
+    Item,
+    PadCollator,
+    Source,
+    chat_template,
+    check_sources,
+    prepare_chat,
+)
+from cnllama.adapt.pretrain import Files, make_stage, make_trained, open_cache
+from cnllama.adapt.settings import Settings, add_training_arguments, from_arguments, parse_source
+from cnllama.adapt.stage import Data, run_stage
 from cnllama.adapt.tokenfile import Vocabulary
-from cnllama.adapt.train import Data, run_stage
 from cnllama.adapt.trainer import Collator
 from cnllama.templates import TEMPLATES
 
@@ -82,16 +91,33 @@ class PackedChat:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    add_training_arguments(parser, 0.0, f"learning rate (default {_LEARNING_RATE:g})")
+    add_training_arguments(parser, f"learning rate (default {_LEARNING_RATE:g})", check)
     parser.add_argument("--template", choices=sorted(TEMPLATES), default="alpaca", help="of prompts (default alpaca)")
     parser.add_argument("--pack", action="store_true", help="several samples in each sequence, none cut or mixed")
 
 
+def check(args: argparse.Namespace) -> Settings:
+    """The settings. Raises InputError for options that cannot be, before any file is there."""
+    settings = from_arguments(args, _LEARNING_RATE)
+    make_trained(args, _mode(args)).check()
+    check_sources(*_sources(args), forms=("jsonl", "json"))
+    chat_template(args.template)
+    return settings
+
+
+def _mode(args: argparse.Namespace) -> str:
+    return "full" if args.full else "lora"
+
+
+def _sources(args: argparse.Namespace) -> tuple[list[Source], list[Source]]:
+    """Training and held-out files."""
+    return [parse_source(text) for text in args.data], [Source(Path(name)) for name in args.eval]
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Trains; returns the result. Raises InputError for wrong input."""
-    settings = from_arguments(args, args.lr or _LEARNING_RATE)
-    sources = [parse_source(text) for text in args.data]
-    held_out = [Source(Path(name)) for name in args.eval]
+    settings = check(args)
+    sources, held_out = _sources(args)
 
     def prepare_data(vocabulary: Vocabulary) -> Data:
         def prepare(files: list[Source], cache: Path, training: bool) -> tuple[Any, ChatDataset]:
@@ -111,15 +137,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with open_cache(args) as cache:
             train, samples = prepare(sources, cache, True)
             evaluation = prepare(held_out, cache, False)[0] if held_out else None
-        reports = samples.reports
-        files = [[r.entries, r.tokens, s.repeat] for r, s in zip(reports, sources, strict=True)]
         return Data(
             train,
             evaluation,
             Collator() if args.pack else Collator(PadCollator(vocabulary.pad_id)),
             padded=not args.pack,
-            identity={"files": files, "template": args.template, "pack": args.pack},
-            report=[line for report in reports for line in report.lines()],
+            report=[line for report in samples.reports for line in report.lines()],
         )
 
-    return run_stage(make_stage(args, "sft", "full" if args.full else "lora", settings, prepare_data))
+    files_and_form = Files(sources, held_out, prepare_data, {"template": args.template, "pack": args.pack})
+    return run_stage(make_stage(args, "sft", _mode(args), settings, files_and_form))

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.adapt.output import write_json
 from cnllama.adapt.reading import ReadLog, check_files
-from cnllama.container import Output, read_json
+from cnllama.container import read_json
+from cnllama.contents import file_sha256
 from cnllama.convert.tokenizers import read_tokenizer
-from cnllama.errors import InputError, from_os_error
+from cnllama.errors import InputError
+from cnllama.files import Output, make_directory, write_json
 from cnllama.tokenizer import Tokenizer
 
 _VERSION = 1
 _FLUSH_TOKENS = 1 << 20
-_HASH_CHUNK = 1 << 22
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 Positions = npt.NDArray[np.int64]
@@ -147,29 +147,15 @@ def token_file(
     disk.
     """
     check_files([path])
-    key = json.dumps([_VERSION, vocabulary.sha256, _hash_file(path), dict(options)], sort_keys=True)
+    key = json.dumps([_VERSION, vocabulary.sha256, file_sha256(path), dict(options)], sort_keys=True)
     stem = cache / f"{path.stem[:40]}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     try:
         return TokenFile(stem)
     except (OSError, InputError, KeyError, TypeError, ValueError):
         pass  # not there, or a damaged leftover: it is made again
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise from_os_error(cache, error) from None
+    make_directory(cache)
     _write(stem, path, vocabulary.dtype, produce, progress)
     return TokenFile(stem)
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_HASH_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise from_os_error(path, error) from None
-    return digest.hexdigest()
 
 
 class _Column:

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnllama.adapt.output import write_file, write_json
-from cnllama.convert.tokenizers import ADDED, CONFIG, MODEL, SPECIAL, TokenizerFiles, read_tokenizer
-from cnllama.errors import InputError, from_os_error
+from cnllama.convert.tokenizers import (
+    ADDED,
+    CONFIG,
+    MAX_TOKENIZER,
+    MODEL,
+    SPECIAL,
+    TokenizerFiles,
+    read_tokenizer,
+)
+from cnllama.errors import InputError
+from cnllama.files import Output, make_directory, read_bytes, remove_directory, write_file, write_json
+from cnllama.ownership import OwnedDirectory
 
 PAD = "[PAD]"
 _PIECES = 1
@@ -53,10 +63,7 @@ def open_model(path: Path) -> TokenizerFiles:
         if files is None:
             raise InputError(f"{path}: there is no {MODEL} in this directory, expected a SentencePiece model")
     else:
-        try:
-            files = TokenizerFiles(path, path.read_bytes())
-        except OSError as error:
-            raise from_os_error(path, error) from None
+        files = TokenizerFiles(path, read_bytes(path, MAX_TOKENIZER))
     if not files.model:
         raise InputError(f"{files.file}: the file is empty, expected a SentencePiece model; get it again")
     files.processor.get_piece_size()
@@ -155,36 +162,62 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def write_tokenizer(out: Path, model: bytes, inputs: Sequence[Path] = ()) -> None:
-    """Writes a model: as the file `out` when its name ends in .model, else as a Hugging Face tokenizer directory.
+@contextmanager
+def tokenizer_output(out: Path, inputs: Sequence[Path] = ()) -> Iterator[Callable[[bytes], None]]:
+    """Where a model goes, checked before the work that makes it; gives the function that writes it.
 
-    The directory holds tokenizer.model, tokenizer_config.json and special_tokens_map.json. Merged pieces all tie at
-    score 0, which the merge ranks of transformers 5 cannot express: it splits some lines otherwise than SentencePiece,
-    the original and this project do. Raises InputError when `out` is one of `inputs`, or a directory with files of
-    another tokenizer that these would contradict.
+    It becomes the file `out` when that name ends in .model, else a Hugging Face tokenizer directory. Raises InputError
+    when `out` is one of `inputs`, and for a directory with files of another tokenizer.
     """
-    directory = out.parent if out.suffix == ".model" else out
     target = out if out.suffix == ".model" else out / MODEL
     for path in inputs:
         if path.exists() and target.exists() and (path / MODEL if path.is_dir() else path).samefile(target):
             raise InputError(f"{target}: this is one of the inputs and would be overwritten; choose another name")
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: this is a file, expected the name of a directory or one that ends in .model")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise from_os_error(directory, error) from None
-    if out.suffix == ".model":
-        write_file(target, model)
+    if target is not out:
+        with _tokenizer_directory(out) as write:
+            yield write
         return
-    for name in ("tokenizer.json", ADDED):
-        if (out / name).exists():
-            raise InputError(f"{out / name}: belongs to another tokenizer; choose an empty directory or remove it")
-    config, special = tokenizer_settings(TokenizerFiles(target, model))
-    # The model last: a directory without it is clearly unfinished.
-    write_json(out / CONFIG, config)
-    write_json(out / SPECIAL, special)
-    write_file(target, model)
+    made = make_directory(out.parent)
+    try:
+        with Output(out) as output:
+
+            def write_model(model: bytes) -> None:
+                output.write(model, 0)
+                output.commit()
+
+            yield write_model
+    except BaseException:
+        for directory in reversed(made):
+            remove_directory(directory)
+        raise
+
+
+@contextmanager
+def _tokenizer_directory(out: Path) -> Iterator[Callable[[bytes], None]]:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: this is a file, expected the name of a directory or one that ends in .model")
+    with OwnedDirectory(out, "tokenizer", names=(CONFIG, SPECIAL, MODEL)) as own:
+        for name in ("tokenizer.json", ADDED):
+            if (out / name).exists():
+                raise InputError(f"{out / name}: belongs to another tokenizer; choose an empty directory or remove it")
+
+        def write(model: bytes) -> None:
+            own.remove(MODEL)  # of an earlier run: without it a directory is clearly unfinished
+            write_tokenizer_files(out, model)
+
+        yield write
+
+
+def write_tokenizer_files(directory: Path, model: bytes) -> None:
+    """tokenizer_config.json, special_tokens_map.json and, last, tokenizer.model.
+
+    Merged pieces all tie at score 0, which the merge ranks of transformers 5 cannot express: it splits some lines
+    otherwise than SentencePiece, the original and this project do.
+    """
+    config, special = tokenizer_settings(TokenizerFiles(directory / MODEL, model))
+    write_json(directory / CONFIG, config)
+    write_json(directory / SPECIAL, special)
+    write_file(directory / MODEL, model)
 
 
 def tokenizer_settings(files: TokenizerFiles) -> tuple[dict[str, Any], dict[str, Any]]:

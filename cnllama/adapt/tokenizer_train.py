@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -108,17 +107,18 @@ def _run(
 
     command = [sys.executable, "-m", "cnllama.adapt.sentencepiece_worker", json.dumps(settings)]
     total = sum(path.stat().st_size for path in files)
-    # The model comes in a file: a pipe would fill up while nobody reads it.
-    with (
-        tempfile.TemporaryFile() as model,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=model, stderr=subprocess.PIPE) as worker,
-    ):
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as worker:
         assert worker.stdin is not None
+        assert worker.stdout is not None
         assert worker.stderr is not None
         words: list[str] = []
+        model: list[bytes] = []
         try:
             listener = threading.Thread(target=_listen, args=(worker.stderr, words), daemon=True)
             listener.start()
+            reader = threading.Thread(target=_take, args=(worker.stdout, model), daemon=True)
+            reader.start()  # a pipe that nobody reads would fill up
             with tqdm(total=total, unit="B", unit_scale=True, desc="read", disable=not progress) as bar:
                 _feed(worker.stdin, sentences, lambda: bar.update(log.bytes_read - bar.n))
             with tqdm(desc="train", bar_format="{desc}: {elapsed}{postfix}", disable=not progress) as bar:
@@ -131,8 +131,8 @@ def _run(
             raise
         if code:
             raise _failure(code, words[-1] if words else "")
-        model.seek(0)
-        return model.read()
+        reader.join()
+        return model[0]
 
 
 def _feed(stdin: IO[bytes], sentences: Iterable[bytes], advance: Callable[[], object]) -> None:
@@ -146,6 +146,10 @@ def _feed(stdin: IO[bytes], sentences: Iterable[bytes], advance: Callable[[], ob
     finally:
         with contextlib.suppress(BrokenPipeError):
             stdin.close()
+
+
+def _take(stdout: IO[bytes], model: list[bytes]) -> None:
+    model.append(stdout.read())
 
 
 def _listen(stderr: IO[bytes], words: list[str]) -> None:

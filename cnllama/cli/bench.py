@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnllama.arguments import add_comma_option, add_model_file
 from cnllama.errors import InputError
 from cnllama.textio import tr
 
@@ -24,25 +25,24 @@ MAX_POSITIONS, MAX_BATCH, MAX_ROUNDS = 1 << 20, 64, 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `cnllama bench`."""
     add = parser.add_argument
-    add(
-        "file",
-        metavar="FILE",
-        nargs="?",
-        help=tr("a .cnl file; default: the bundled model", ".cnl 文件；默认：自带模型"),
-    )
-    add(
+    text = tr("a .cnl file; default: the bundled model", ".cnl 文件；默认：自带模型")
+    add_model_file(parser, "file", text, required=False)
+    add_comma_option(
+        parser,
         "--prefill",
         default="128,512",
         metavar="N,...",
         help=tr("tokens of the prompts; default: 128,512", "提示的词元数；默认 128,512"),
     )
-    add(
+    add_comma_option(
+        parser,
         "--decode",
         default="0,2048",
         metavar="N,...",
         help=tr("tokens before decoding; default: 0,2048", "解码前上下文的词元数；默认 0,2048"),
     )
-    add(
+    add_comma_option(
+        parser,
         "--batch",
         default="4,8",
         metavar="N,...",

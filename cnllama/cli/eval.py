@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnllama.arguments import add_list_option, add_model_file
 from cnllama.cli import eval_table
 from cnllama.cli.eval_shared import Files, add_model_options, add_text_options, command, opener, read, say
 from cnllama.errors import InputError
@@ -47,9 +48,7 @@ def _add_reference_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help=tr("the Hugging Face checkpoint that was packed", "被转换的 Hugging Face 模型"),
     )
-    parser.add_argument(
-        "--lora", type=Path, metavar="DIR", action="append", default=[], help=tr("and its adapters", "及其 LoRA")
-    )
+    add_list_option(parser, "--lora", type=Path, metavar="DIR", help=tr("and its adapters", "及其 LoRA"))
     parser.add_argument(
         "--reference-dtype", choices=DTYPES, default="float32", help=tr("what it is run in", "参考模型的精度")
     )
@@ -83,14 +82,15 @@ def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
 
     benchmark = BENCHMARKS[name]
     add = parser.add_argument
-    add("file", type=Path, nargs="?", metavar="FILE", help=tr("a .cnl (default: the bundled one)", ".cnl 文件"))
+    add_model_file(parser, "file", tr("a .cnl (default: the bundled one)", ".cnl 文件"), required=False)
     add("--data", type=Path, required=True, metavar="DIR", help=tr("the official files, with dev/", "官方数据目录"))
     add("--split", choices=benchmark.splits, default=benchmark.default_split)
     add("--shots", type=int, default=0, metavar="N", help=tr("solved examples before a question", "示例数量"))
-    add("--subject", action="append", default=[], metavar="KEY", help=tr("only this one; repeatable", "只评测该科目"))
+    add_list_option(parser, "--subject", metavar="KEY", help=tr("only these", "只评测这些科目"))
     add("--preset", choices=PRESETS, default="auto", help=tr("form of the prompt (the file's)", "提示形式"))
     add("--letters", choices=VARIANTS, default="both", help=tr("spellings of A-D whose logits count", "字母的写法"))
-    add("--penalty", type=float, default=1.0, metavar="R", help=tr("repetition penalty on letters", "字母的重复惩罚"))
+    text = tr("repetition penalty on letters", "字母的重复惩罚")
+    add("--repeat-penalty", "--penalty", dest="penalty", type=float, default=1.0, metavar="R", help=text)
     add("--generate", action="store_true", help=tr("let it write, and read the letter out of that", "自由生成"))
     add("--cot", action="store_true", help=tr("step by step; with --generate", "思维链"))
     add("--temp", type=float, metavar="T", help=tr("of --generate (0.2)", "生成温度"))

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnllama.container import Output
 from cnllama.errors import InputError
+from cnllama.files import Output
 from cnllama.textio import tr
 
 if TYPE_CHECKING:

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
+from cnllama.arguments import add_comma_option, add_list_option
 from cnllama.cli.eval_shared import Files, add_text_options, command, opener, read, say
-from cnllama.errors import InputError, os_errors_explained
+from cnllama.errors import InputError
+from cnllama.files import make_directory
+from cnllama.scratch import scratch_beside
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -32,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("base", type=Path, metavar="BASE", help=tr("directory of a Hugging Face LLaMA", "Hugging Face 模型目录"))
     add("text", type=Path, metavar="TEXT", help=tr("text or .jsonl", "文本或 .jsonl"))
-    add("--lora", type=Path, action="append", default=[], metavar="DIR", help=tr("its adapters", "其 LoRA"))
-    add(
+    add_list_option(parser, "--lora", type=Path, metavar="DIR", help=tr("its adapters", "其 LoRA"))
+    add_comma_option(
+        parser,
         "--schemes",
         metavar="NAME,...",
         help=tr(
@@ -41,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"同 convert 的 --quant，或 all；q4-a64:q6 表示词嵌入与输出用 q6（{DEFAULT_SCHEMES}）",
         ),
     )
-    add("--quantizer", default="rtn", metavar="NAME,...", help=tr("rtn, gptq, awq (rtn)", "rtn、gptq、awq（rtn）"))
+    text = tr("rtn, gptq, awq (rtn)", "rtn、gptq、awq（rtn）")
+    add_comma_option(parser, "--quantizer", default="rtn", metavar="NAME,...", help=text)
     add("--calibrate", type=Path, metavar="FILE", help=tr("text of the quantizers that take one", "校准文本"))
-    add(
+    add_comma_option(
+        parser,
         "--gguf",
         nargs="?",
         const="",
@@ -80,9 +86,8 @@ def run(args: argparse.Namespace) -> int:
         if args.gguf is not None:
             source.check_gguf()
         keep = args.work is not None
-        work = Path(args.work if keep else stack.enter_context(TemporaryDirectory(prefix="cnllama-table-")))
-        with os_errors_explained(work):
-            work.mkdir(parents=True, exist_ok=True)
+        work = args.work if keep else stack.enter_context(scratch_beside(Path(gettempdir(), "table")))
+        make_directory(work)
         settings = Settings(args.ctx, args.stride, args.threads, args.rounds, keep)
         result = Table(source, text, work, settings, opener(args), say=say).measure(forms)
         result = command(args) | {"llama_cpp": _llama_cpp_version(args)} | result

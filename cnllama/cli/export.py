@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cnllama.arguments import add_model_file, add_output_option
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -21,11 +21,9 @@ _OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
-    parser.add_argument("file", metavar="FILE", type=Path, help=tr("a .cnl file", ".cnl 文件"))
+    add_model_file(parser, "file", tr("a .cnl file", ".cnl 文件"))
     parser.add_argument("--to", choices=FORMATS, default="gguf", help=tr("the format (gguf)", "格式（gguf）"))
-    parser.add_argument(
-        "-o", "--output", metavar="OUT", type=Path, required=True, help=tr("the file to write", "要写的文件")
-    )
+    add_output_option(parser, "OUT", tr("the file to write", "要写的文件"))
     parser.add_argument(
         "--type",
         choices=TYPES,

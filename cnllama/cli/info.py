@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from cnllama import _core
+from cnllama.arguments import add_model_file
 from cnllama.errors import printable
 from cnllama.format import CnlFile, open_cnl
 
@@ -17,7 +17,7 @@ HELP = "show what is in a .cnl file"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="a .cnl file")
+    add_model_file(parser, "file", "a .cnl file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from cnllama.arguments import list_hint
 from cnllama.errors import CnllamaError, InputError
 from cnllama.textio import configure_stdio, decode_argument, tr
 
@@ -22,6 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError."""
+        message += list_hint(self) if "required" in message else ""
         raise InputError(tr(f"{message}: see {self.prog} --help", f"{message}：请看 {self.prog} --help"))
 
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from cnllama.arguments import add_list_option, add_model_file
 from cnllama.errors import InputError
 from cnllama.textio import tr
 
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """-m, --template, --raw, --system, --ctx, --kv, --threads, --device, --speculate."""
+    """FILE or -m, --template, --raw, --system, --ctx, --kv, --threads, --device, --speculate."""
     group = parser.add_argument_group(tr("model", "模型"))
-    group.add_argument("-m", "--model", metavar="FILE", help=tr("a .cnl file", ".cnl 文件"))
+    text = tr("a .cnl file; default: the bundled model", ".cnl 文件；默认：自带模型")
+    add_model_file(parser, "model", text, required=False)
     group.add_argument(
         "--template",
         metavar="NAME",
@@ -80,11 +82,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help=tr("tokens that the penalty looks back; -1: all", "惩罚回看的词元数；-1：全部"),
     )
     add("--seed", type=int, metavar="S", help=tr("random when not given", "不给则随机"))
-    add(
+    add_list_option(
+        group,
         "--stop",
-        action="append",
+        default=None,
         metavar="TEXT",
-        help=tr("end before this text; may be repeated", "遇到此文本即停止；可重复"),
+        help=tr("end before these texts", "遇到这些文本即停止"),
     )
     add("--ignore-eos", action="store_true", default=None, help=tr("end tokens end nothing", "忽略结束符"))
 

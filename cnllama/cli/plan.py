@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 
+from cnllama.arguments import add_model_file
 from cnllama.textio import tr
 
 HELP = tr("memory that a model needs, against what there is", "模型需要的内存与现有内存")
@@ -13,7 +14,7 @@ DOES_NOT_FIT = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `cnllama plan`."""
-    parser.add_argument("model", metavar="FILE", help=tr("a .cnl file", ".cnl 文件"))
+    add_model_file(parser, "model", tr("a .cnl file", ".cnl 文件"))
     parser.add_argument("--ctx", type=int, metavar="N", help=tr("positions of the context", "上下文长度"))
     parser.add_argument(
         "--kv", default="fp16", metavar="TYPE", help=tr("type of the cache: fp16 or int8", "缓存类型：fp16 或 int8")

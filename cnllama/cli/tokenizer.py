@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnllama.arguments import add_list_option, add_output_option
+from cnllama.files import Output
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -72,22 +74,11 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help=tr("a tokenizer directory, or a file NAME.model", "分词器目录，或文件 NAME.model"),
-    )
-
-
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help=tr("text, .jsonl or .json", "文本、.jsonl 或 .json")
     )
-    _add_output_option(parser)
+    add_output_option(parser, "OUT", tr("a tokenizer directory, or a file NAME.model", "分词器目录，或文件 NAME.model"))
     parser.add_argument(
         "--vocab-size", "--vocab_size", type=int, required=True, metavar="N", help=tr("pieces", "词表大小")
     )
@@ -102,8 +93,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog
-    from cnllama.adapt.tokenizer_merge import write_tokenizer
+    from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog, unescaped
+    from cnllama.adapt.tokenizer_merge import tokenizer_output
     from cnllama.adapt.tokenizer_train import train_tokenizer
 
     options = {name: getattr(args, name) for name in _TRAINER if getattr(args, name) is not None}
@@ -111,17 +102,18 @@ def _train(args: argparse.Namespace) -> int:
         if name in options:
             options[name] = options[name].split(",")
     log = ReadLog()
-    model = train_tokenizer(
-        args.files,
-        args.vocab_size,
-        form=args.input_format,
-        template=args.template or POEM_TEMPLATE,
-        options=options,
-        progress=sys.stderr.isatty(),
-        log=log,
-    )
-    _print_problems(log)
-    write_tokenizer(args.output, model)
+    with tokenizer_output(args.output) as write:
+        model = train_tokenizer(
+            args.files,
+            args.vocab_size,
+            form=args.input_format,
+            template=unescaped(args.template or POEM_TEMPLATE),
+            options=options,
+            progress=sys.stderr.isatty(),
+            log=log,
+        )
+        _print_problems(log)
+        write(model)
     pieces = _pieces(model)
     print(tr(f"{args.output}: {pieces:,} pieces", f"{args.output}：{pieces:,} 个词元"))
     return 0
@@ -131,26 +123,26 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     what = tr("a .model file or a tokenizer directory", ".model 文件或分词器目录")
     parser.add_argument("base", type=Path, metavar="BASE", help=what)
     parser.add_argument("new", type=Path, metavar="NEW", help=what)
-    _add_output_option(parser)
+    add_output_option(parser, "OUT", tr("a tokenizer directory, or a file NAME.model", "分词器目录，或文件 NAME.model"))
     parser.add_argument(
         "--pad", action="store_true", help=tr("one more piece [PAD], as Alpaca has", "再加一个 [PAD]，如 Alpaca")
     )
-    parser.add_argument(
+    add_list_option(
+        parser,
         "--user-defined",
-        action="append",
-        default=[],
         metavar="TEXT",
-        help=tr("one more piece that is never split; may be repeated", "再加一个不可切分的词元；可重复"),
+        help=tr("more pieces, which are never split", "再加一些不可切分的词元"),
     )
 
 
 def _merge(args: argparse.Namespace) -> int:
     from cnllama.adapt.plots import format_table
-    from cnllama.adapt.tokenizer_merge import merge_tokenizers, open_model, write_tokenizer
+    from cnllama.adapt.tokenizer_merge import merge_tokenizers, open_model, tokenizer_output
 
     base, new = open_model(args.base), open_model(args.new)
     merged = merge_tokenizers(base, new, user_defined=args.user_defined, pad=args.pad)
-    write_tokenizer(args.output, merged.model, inputs=(args.base, args.new))
+    with tokenizer_output(args.output, (args.base, args.new)) as write:
+        write(merged.model)
     rows = [
         (tr("base", "原词表"), merged.base),
         (tr("appended", "新增"), merged.added),
@@ -175,13 +167,17 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog
+    from cnllama.adapt.plots import need_matplotlib
+    from cnllama.adapt.reading import POEM_TEMPLATE, ReadLog, unescaped
     from cnllama.adapt.tokenizer_merge import open_model
     from cnllama.adapt.tokenizer_report import measure, plot_report, read_sample, report_table
 
+    if args.plot is not None:
+        need_matplotlib()
+        Output(args.plot).discard()  # a place that cannot be written is found out before the work
     models = [open_model(path) for path in (args.old, args.new)]
     log = ReadLog()
-    lines = read_sample(args.file, log, args.template or POEM_TEMPLATE, args.input_format)
+    lines = read_sample(args.file, log, unescaped(args.template or POEM_TEMPLATE), args.input_format)
     _print_problems(log)
     old, new = (measure(name, files, lines) for name, files in zip(_names(args.old, args.new), models, strict=True))
     if args.plot is not None:

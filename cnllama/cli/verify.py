@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cnllama.arguments import add_model_file
 from cnllama.errors import CnllamaError, printable
 from cnllama.format import CnlFile, open_cnl
 
@@ -16,7 +17,7 @@ _LISTED = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="a .cnl file")
+    add_model_file(parser, "file", "a .cnl file")
     parser.add_argument("--against", metavar="OTHER", type=Path, help="also compare with the model in this .cnl")
 
 

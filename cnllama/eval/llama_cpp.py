@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.container import check_space
 from cnllama.errors import CnllamaError, InputError
 from cnllama.eval.gguf_header import read_gguf
 from cnllama.eval.models import FloatArray, Item, Progress, Rows
+from cnllama.files import Output
+from cnllama.space import check_space
 
 DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K")
 _FILE_PREFIX, _TENSOR_PREFIX = "LLAMA_FTYPE_MOSTLY_", "GGML_TYPE_"
@@ -80,14 +81,11 @@ def quantize(source: Path, target: Path, kind: str, outer: str | None = None, th
     if outer is not None:
         params.output_tensor_type = params.token_embedding_type = getattr(api, _TENSOR_PREFIX + outer)
     check_space(target, source.stat().st_size)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        status = api.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
+    with Output(target) as output:
+        status = api.llama_model_quantize(os.fsencode(source), os.fsencode(output.temporary), ctypes.byref(params))
         if status != 0:
             raise _failed(source, f"cannot quantize it to {kind}")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+        output.commit()
 
 
 def weigh(path: Path) -> dict[str, Any]:

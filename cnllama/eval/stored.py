@@ -16,10 +16,12 @@ from types import TracebackType
 
 import numpy as np
 
-from cnllama.container import Output, SafetensorsFile, check_space
+from cnllama.container import SafetensorsFile
 from cnllama.eval.models import Item, Progress, Rows, Scorer
 from cnllama.eval.numerics import log_softmax
 from cnllama.eval.texts import Window
+from cnllama.files import Output
+from cnllama.space import check_space
 
 _FORMAT, _VERSION, _NAME = "cnllama-reference", "1", "logprobs"
 _ROWS = 64

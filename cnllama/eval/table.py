@@ -18,6 +18,7 @@ from cnllama.eval.perplexity import Comparison, compare, perplexity
 from cnllama.eval.stored import SavingScorer, StoredScorer, stored_bytes, windows_digest
 from cnllama.eval.text_scores import Bar, Opener, progress_bar
 from cnllama.eval.texts import CONVENTION, Text, Window, check_window, windows
+from cnllama.files import remove_file
 from cnllama.format import open_cnl
 from cnllama.format import stored_bytes as tensor_bytes
 from cnllama.plan import DEFAULT_CONTEXT
@@ -197,7 +198,7 @@ class Table:
                 llama_cpp.quantize(whole, path, form.kind, form.outer, self._settings.threads)
             rows.append(self._rival(form, path))
             if not self._settings.keep:
-                path.unlink()
+                remove_file(path)
         return rows
 
     def _rival(self, form: Form, path: Path) -> Row:
@@ -214,7 +215,7 @@ class Table:
     def _done(self, row: Row, path: Path) -> None:
         self._say(_summary(row))
         if not self._settings.keep:
-            path.unlink()
+            remove_file(path)
 
     def _compare(self, name: str, model: Scorer) -> Comparison:
         assert self._kept is not None

@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnllama.container import check_space
 from cnllama.errors import InputError
 from cnllama.eval.models import EngineScorer, Progress, Scorer
 from cnllama.eval.perplexity import compare, perplexity
 from cnllama.eval.stored import SavingScorer, StoredScorer, stored_bytes
 from cnllama.eval.texts import CONVENTION, Text, Window, check_window, windows
 from cnllama.plan import DEFAULT_CONTEXT, STEP_TOKENS, trained_length
+from cnllama.space import check_space
 from cnllama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

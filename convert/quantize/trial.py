@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.container import Output
 from cnllama.errors import CnllamaError
+from cnllama.files import Output, move
+from cnllama.scratch import scratch_beside
+from cnllama.space import check_space
 
 CONTEXT = 512
 _SURE = 2.0  # standard errors
@@ -46,31 +48,28 @@ class Trial:
     """Two temporary files beside `output`; keep() gives one its name, leaving the block removes the rest.
 
     A killed process leaves at most the two, which the next trial for the same name removes. Raises InputError at once
-    where `output` cannot be written.
+    where `output` cannot be written, and CnllamaError where there is no room for two files of `size` bytes.
     """
 
-    def __init__(self, output: Path, quantizer: str) -> None:
+    def __init__(self, output: Path, quantizer: str, size: int) -> None:
         Output(output).discard()
-        self._target = Path(os.path.realpath(output))
-        self.calibrated, self.plain = (self._target.with_name(f".{self._target.name}.{n}") for n in (quantizer, "rtn"))
+        check_space(output, 2 * size, "the two files to compare")
+        self._output, self._quantizer = output, quantizer
+        self._stack = ExitStack()
 
     def __enter__(self) -> Trial:
-        self._remove()
+        scratch = self._stack.enter_context(scratch_beside(self._output))
+        self.calibrated, self.plain = scratch / f"model.{self._quantizer}", scratch / "model.rtn"
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._remove()
+        self._stack.__exit__(kind, error, traceback)
 
     def keep(self, path: Path) -> None:
         """Renames one of the two files to the output's name."""
-        os.replace(path, self._target)
-
-    def _remove(self) -> None:
-        for path in (self.calibrated, self.plain):
-            with suppress(FileNotFoundError):
-                path.unlink()
+        move(path, Path(os.path.realpath(self._output)))
 
 
 def judge(calibrated: Path, plain: Path, text: str, quantizer: str, threads: int = 0) -> Verdict:

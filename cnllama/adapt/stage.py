@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training stage up to its first step: what is asked for, everything that could go wrong, what was done before."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnllama.adapt import memory
+from cnllama.adapt.checkpoints import (
+    SCRATCH_FILES,
+    bytes_of_checkpoints,
+    complete_checkpoints,
+    discard_incomplete,
+    drop,
+)
+from cnllama.adapt.data import Source
+from cnllama.adapt.kept import as_json, described, difference
+from cnllama.adapt.lora import Trained
+from cnllama.adapt.plots import need_matplotlib
+from cnllama.adapt.progress import quiet
+from cnllama.adapt.reading import check_files
+from cnllama.adapt.settings import Settings
+from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
+from cnllama.adapt.train import FILES, RESULT, RUN, WHOLE, Job, train
+from cnllama.adapt.trainer import Collator
+from cnllama.config import from_hf
+from cnllama.container import read_json
+from cnllama.convert.pack import make_plan
+from cnllama.errors import InputError
+from cnllama.files import read_bytes, write_json
+from cnllama.ownership import OwnedDirectory
+from cnllama.space import check_space
+
+_IDENTITY = 2  # raised when the same options come to mean something else
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_MAX_TOKENIZER = 1 << 28
+_SMALL = 1 << 20  # bytes of all small files of a result
+
+
+@dataclass(frozen=True)
+class Data:
+    """A stage's data: sets of data.py, and how their items become batches.
+
+    padded: batches have padding, which is not counted as tokens.
+    """
+
+    train: Any
+    held_out: Any | None
+    collator: Collator
+    padded: bool
+    report: list[str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is asked for. label: what the bar says.
+
+    data_options: what decides, beside the files, how `data` and `held_out` are read. prepare_data: called with the
+    vocabulary once all else is known to be in order.
+    """
+
+    label: str
+    model: Path
+    adapters: list[Path]
+    out: Path
+    trained: Trained
+    settings: Settings
+    data: list[Source]
+    held_out: list[Source]
+    prepare_data: Callable[[Vocabulary], Data]
+    data_options: dict[str, Any] = field(default_factory=dict)
+    restart: bool = False
+
+
+def run_stage(stage: Stage) -> dict[str, Any]:
+    """Trains, or goes on where a stopped run was, or returns the result of a finished one: result.json of `out`.
+
+    out becomes a PEFT adapter directory, or a whole checkpoint for mode "full", with log.jsonl and loss.png. Nothing is
+    read for long, trained or removed before all that the run needs has been checked. Raises InputError for wrong input,
+    CnllamaError when the loss or a checkpoint goes bad.
+    """
+    main = int(os.environ.get("RANK", "0")) == 0
+    quiet()
+    stage.trained.check()
+    _check_places(stage)
+    need_matplotlib()
+    check_files([source.path for source in (*stage.data, *stage.held_out)])
+    config, vocabulary = _open_model(stage)
+    tokenizer = _read_tokenizer(stage)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = _dtype(stage, device)
+    plan = _plan(stage, config, device, dtype, main)
+    names = (*FILES, *WHOLE, *_TOKENIZER_FILES)
+    owned = OwnedDirectory(stage.out, f"adapt {stage.label}", names=names, alone=stage.restart, scratch=SCRATCH_FILES)
+    with owned if main else nullcontext() as own:
+        identity = _identity(stage, vocabulary, dtype)
+        finished = None if stage.restart else _finished(stage, identity, own)
+        if finished is not None:
+            return finished
+        data = stage.prepare_data(vocabulary)
+        for line in data.report if main else []:
+            print(line, file=sys.stderr)
+        steps = _count_steps(stage, data)
+        if own is not None:
+            _check_disk(stage, plan, steps[1], own)
+            if stage.restart:
+                own.clear()
+            discard_incomplete(own)
+            write_json(stage.out / RUN, identity)
+        return train(Job(stage, data, vocabulary, config, device, dtype, steps, tokenizer, own))
+
+
+def _check_places(stage: Stage) -> None:
+    out = stage.out.resolve()
+    if out in {path.resolve() for path in (stage.model, *stage.adapters)}:
+        raise InputError(f"{stage.out}: the result would replace what it is trained from; choose another --output")
+    if stage.out.exists() and not stage.out.is_dir():
+        raise InputError(f"{stage.out}: this is a file, expected a directory for the result")
+    if stage.restart and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"--restart works with one process; remove {stage.out} and leave the option out")
+
+
+def _open_model(stage: Stage) -> tuple[Any, Vocabulary]:
+    """transformers' config with the vocabulary that base and adapters have together, and the tokenizer that goes on."""
+    from transformers import LlamaConfig
+
+    plan = make_plan(stage.model, stage.adapters)
+    from_hf(read_json(stage.model / "config.json"), str(stage.model / "config.json"))
+    config = LlamaConfig.from_pretrained(stage.model)
+    config.vocab_size = plan.config["vocab_size"]
+    config.tie_word_embeddings = plan.config["tie_word_embeddings"]
+    config.use_cache = False
+    return config, open_vocabulary(plan.vocabulary.tokenizer.file.parent, config.vocab_size)
+
+
+def _dtype(stage: Stage, device: str) -> torch.dtype:
+    name = stage.settings.dtype
+    if stage.trained.mode == "full":
+        if name not in ("auto", "float32"):
+            raise InputError(f"--dtype is {name}, but --full trains every weight in float32; use --bf16 for speed")
+        return torch.float32
+    if name == "auto":
+        return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _read_tokenizer(stage: Stage) -> dict[str, bytes]:
+    """The tokenizer files that the result gets: each from the last adapter that has it, else from the model."""
+    found = {}
+    for name in _TOKENIZER_FILES:
+        sources = [directory / name for directory in (*reversed(stage.adapters), stage.model)]
+        source = next((path for path in sources if path.exists()), None)
+        if source is not None:
+            found[name] = read_bytes(source, _MAX_TOKENIZER)
+    return found
+
+
+def _plan(stage: Stage, config: Any, device: str, dtype: torch.dtype, main: bool) -> memory.MemoryPlan:
+    """Prints the memory plan. Where an engine shards the model, it is only printed."""
+    settings = stage.settings
+    shape = memory.Shape(
+        settings.batch_size,
+        settings.block_size,
+        dtype.itemsize,
+        settings.bf16,
+        settings.gradient_checkpointing,
+        settings.optimizer,
+    )
+    room, source = memory.available(device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "cpu" and local > 1:
+        room, source = room // local, f"{source}, {local} processes"
+    sharded = bool(settings.deepspeed) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded:
+        found = memory.plan_memory(config, stage.trained, shape)
+    else:
+        found = memory.refuse_unless_fits(config, stage.trained, shape, room, source)
+    for line in found.lines(room, source) if main else []:
+        print(line, file=sys.stderr)
+    return found
+
+
+def _count_steps(stage: Stage, data: Data) -> tuple[int, int]:
+    """(steps of an epoch, steps of the run). Raises InputError when there is not enough data for one."""
+    settings, devices = stage.settings, int(os.environ.get("WORLD_SIZE", "1"))
+    batches = len(data.train) // (settings.batch_size * devices)
+    if not batches:
+        raise InputError(
+            f"{', '.join(data.report[:1])}: {len(data.train):,} sequences, fewer than one batch of "
+            f"{settings.batch_size} on {devices} devices; give more data or a smaller --batch-size"
+        )
+    steps = math.ceil(batches / settings.grad_accum)
+    return steps, settings.max_steps or math.ceil(steps * settings.epochs)
+
+
+def _check_disk(stage: Stage, plan: memory.MemoryPlan, steps: int, own: OwnedDirectory) -> None:
+    """Raises CnllamaError when checkpoints, one more than are kept while it is written, and the result do not fit."""
+    settings = stage.settings
+    saves = math.ceil(steps / settings.save_every) if settings.save_every else 0
+    needed = min(saves, settings.keep + 1) * (plan.saved + plan.optimizer) + plan.saved + _SMALL
+    needed -= bytes_of_checkpoints(own)
+    if needed > 0:
+        check_space(stage.out / RESULT, needed, "checkpoints and result")
+
+
+def _identity(stage: Stage, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
+    """What a run that goes on, or one that is finished, must share with the present one.
+
+    The version of cnllama is no part of it: a finished result stays what it is.
+    """
+    settings = stage.settings.identity() | {"dtype": str(dtype).removeprefix("torch.")}
+    engine = described([Path(stage.settings.deepspeed)]) if stage.settings.deepspeed else []
+    data = described(source.path for source in stage.data)
+    identity = {
+        "format": _IDENTITY,
+        "label": stage.label,
+        "trained": asdict(stage.trained),
+        "settings": settings,
+        "options": stage.data_options,
+        "devices": int(os.environ.get("WORLD_SIZE", "1")),
+        "deepspeed": engine,
+        "tokenizer": vocabulary.sha256,
+        "model": described([stage.model]),
+        "adapters": described(stage.adapters),
+        "data": [item | {"repeat": source.repeat} for item, source in zip(data, stage.data, strict=True)],
+        "held-out data": described(source.path for source in stage.held_out),
+    }
+    result: dict[str, Any] = as_json(identity)
+    return result
+
+
+def _finished(stage: Stage, identity: dict[str, Any], own: OwnedDirectory | None) -> dict[str, Any] | None:
+    """The result of a finished run of the same identity. Raises InputError when it is another's."""
+    out = stage.out
+    if not (out / RUN).exists():
+        return None
+    before = read_json(out / RUN)
+    if before.get("format") != _IDENTITY:
+        raise InputError(
+            f"{out}: was made by another version of cnllama, which did not record what it was made from; choose "
+            "another --output, or remove the directory"
+        )
+    found = difference(before, identity)
+    if found:
+        raise InputError(
+            f"{out}: an earlier run {found}; give the same to go on, choose another --output, or discard the earlier "
+            "run with --restart"
+        )
+    if not (out / RESULT).exists():
+        return None
+    damaged = [name for name in OwnedDirectory(out, "").read().damaged() if name in WHOLE or name in _TOKENIZER_FILES]
+    if damaged:
+        raise InputError(
+            f"{out / damaged[0]}: was changed or removed after the run had finished; train again with --restart, or "
+            "choose another --output"
+        )
+    if own is not None:  # of a run that was killed after its last file
+        for checkpoint in complete_checkpoints(own):
+            drop(own, checkpoint.name)
+        discard_incomplete(own)
+        own.remove(own.SCRATCH)
+    return read_json(out / RESULT)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Temporary directories beside the file that will come of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cnllama import files
+from cnllama.errors import CnllamaError, InputError
+from cnllama.ownership import OwnedDirectory
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A directory beside `target` for files that are not final yet, removed at the end with what was made in it.
+
+    Only what goes through files.py may be made there. A killed process leaves at most the directory, which the next
+    scratch for the same target removes.
+    """
+    real = Path(os.path.realpath(target))
+    for leftover in files.temporaries(real, "scratch"):
+        with suppress(CnllamaError), OwnedDirectory(leftover, "scratch") as own:  # a living process has it locked
+            own.delete()
+    with OwnedDirectory(files.temporary_name(real, "scratch"), "scratch") as own:
+        try:
+            yield own.path
+        finally:
+            with suppress(InputError):  # what somebody else put there stays
+                own.delete()
