@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama.errors import CnllamaError, InputError, from_os_error
+from cnllama.signatures import HEAD, what_it_is
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
@@ -27,7 +29,6 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-_OTHER_FORMATS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a zip archive (a .bin of PyTorch?)", b"\x80\x02": "a pickle"}
 
 Bytes = npt.NDArray[np.uint8]
 _Writer = TypeVar("_Writer", bound="TensorWriter")
@@ -59,11 +60,17 @@ def parse_json(text: str | bytes, what: str) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a small JSON file. Raises InputError when it cannot be read or is no object."""
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size:,} bytes is too long for a configuration file")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe would wait for its writer
+            raise InputError(f"{path}: this is no regular file")
+        if status.st_size > MAX_HEADER_BYTES:
+            raise InputError(f"{path}: {status.st_size:,} bytes is too long for a configuration file")
         data = path.read_bytes()
     except OSError as error:
         raise from_os_error(path, error) from None
+    contents = what_it_is(data[:HEAD], text=True)
+    if contents is not None:
+        raise InputError(f"{path}: {contents}")
     value = parse_json(data.removeprefix(b"\xef\xbb\xbf"), f"{path}: the file")
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
@@ -73,6 +80,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_count(value: object, low: int = 0, high: int = 1 << 62) -> bool:
     """Whether `value` is an integer (no bool) within low .. high."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number of JSON (no bool)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def map_file(path: Path) -> tuple[mmap.mmap, int]:
@@ -150,9 +164,10 @@ class SafetensorsFile:
             self.refuse(f"the file has {self.size} bytes, too few for any safetensors file", "make it again")
         length = int.from_bytes(start, "little")
         if not 2 <= length <= max_header or self._map[8:9] != b"{":
-            other = next((text for magic, text in _OTHER_FORMATS.items() if start.startswith(magic)), None)
-            found = f"this is {other}" if other else f"it begins with {start!r}, which starts no safetensors header"
-            self.refuse(found, "expected a safetensors file")
+            contents = what_it_is(self._map[:HEAD])
+            if contents is not None:
+                self.refuse(f"this is {contents.what}, expected a safetensors file", contents.mend)
+            self.refuse(f"it begins with {start!r}, which starts no safetensors header", "expected a safetensors file")
         if 8 + length > self.size:
             self.refuse(
                 f"the header is {length:,} bytes long but the file ends after {self.size:,}",

@@ -8,13 +8,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cnllama.config import EMBEDDING, from_hf
+from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.container import read_json
-from cnllama.errors import CnllamaError, InputError, os_errors_explained
+from cnllama.errors import CnllamaError, InputError, os_errors_explained, printable
 from cnllama.format import TOKENIZER, CnlWriter, stored_bytes
 from cnllama.templates import TEMPLATES, default_template
 from cnllama.tokenizer import Tokenizer
@@ -22,8 +22,9 @@ from cnllama.verify import Statistics
 
 from . import fingerprint, parity
 from .adapters import Adapter, open_adapter
-from .checkpoint import Checkpoint, FloatArray, open_checkpoint
-from .merge import MergedTensor, check_adapter, check_base, is_tied, merge
+from .checkpoint import Checkpoint, FloatArray
+from .facts import settle
+from .merge import MergedTensor, check_adapter, is_tied, merge
 from .quantize.base import CalibrationError, Quantizer, Rtn, Work
 from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
 from .quantize.choice import choose
@@ -78,11 +79,13 @@ class Report:
 
 
 def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = None) -> Plan:
-    """Opens and checks base, adapters (in order) and tokenizer. Reads no base weights. Raises InputError."""
-    checkpoint = open_checkpoint(base)
-    config = from_hf(checkpoint.config, str(base / "config.json"))
+    """Opens and checks base, adapters (in order) and tokenizer. Raises InputError.
+
+    Of the base's weights only those are read that two sources state and that must be compared (facts.py).
+    """
+    settled = settle(base, loras)
+    checkpoint, config = settled.checkpoint, settled.config
     adapters = [open_adapter(directory) for directory in loras]
-    check_base(checkpoint, config)
     try:
         for adapter in adapters:
             check_adapter(adapter, checkpoint, config)
@@ -91,10 +94,14 @@ def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = N
     vocabulary = check_vocabulary(checkpoint, adapters, is_tied(checkpoint), tokenizer)
     for adapter in adapters:
         adapter.check_values()
-    config["vocab_size"] = vocabulary.rows
+    tokens = vocabulary.tokenizer.size
+    config["vocab_size"] = tokens
     tensors, config["tie_word_embeddings"], notices = merge(checkpoint, adapters, config)
-    notices = [w for adapter in adapters for w in adapter.warnings] + vocabulary.warnings + notices
-    return Plan(checkpoint, adapters, config, vocabulary, tensors, notices)
+    if tokens < vocabulary.rows:
+        padded = [name for name in (EMBEDDING, LM_HEAD) if name in tensors]
+        tensors |= {name: replace(tensors[name], rows=tokens) for name in padded}
+    notices = [*settled.notices, *(w for a in adapters for w in a.warnings), *vocabulary.warnings, *notices]
+    return Plan(checkpoint, adapters, config, vocabulary, tensors, list(dict.fromkeys(map(printable, notices))))
 
 
 def merged_tensors(plan: Plan) -> Iterator[tuple[str, FloatArray]]:

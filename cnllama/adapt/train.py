@@ -32,7 +32,6 @@ from cnllama.adapt.progress import (
 from cnllama.adapt.settings import Settings
 from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
 from cnllama.adapt.trainer import AdaptTrainer, Collator, Ordered
-from cnllama.config import from_hf
 from cnllama.container import read_json
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
@@ -115,9 +114,8 @@ def _open_model(stage: Stage) -> tuple[Any, Vocabulary]:
     from transformers import LlamaConfig
 
     plan = make_plan(stage.model, stage.adapters)
-    from_hf(read_json(stage.model / "config.json"), str(stage.model / "config.json"))
     config = LlamaConfig.from_pretrained(stage.model)
-    config.vocab_size = plan.config["vocab_size"]
+    config.vocab_size = plan.vocabulary.rows
     config.tie_word_embeddings = plan.config["tie_word_embeddings"]
     config.use_cache = False
     return config, open_vocabulary(plan.vocabulary.tokenizer.file.parent, config.vocab_size)
@@ -207,8 +205,8 @@ def _load(stage: Stage, config: Any, dtype: torch.dtype) -> Any:
 
 
 def read_rows(model: Path) -> int:
-    """Rows of embed_tokens in a checkpoint: config.json may be out of date."""
-    return int(make_plan(model).config["vocab_size"])
+    """Rows of embed_tokens in a checkpoint, padding included: config.json may be out of date."""
+    return int(make_plan(model).vocabulary.rows)
 
 
 def _arguments(stage: Stage, data: Data, device: str, resume: bool) -> Any:
