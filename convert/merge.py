@@ -38,7 +38,8 @@ class MergedTensor:
 
     def read(self, begin: int = 0, end: int | None = None) -> FloatArray:
         """float32 rows begin .. end (all by default) of the merged tensor."""
-        end = self.rows if end is None else end
+        if self.rows is not None:
+            end = self.rows if end is None else min(end, self.rows)
         values = self.source.read(begin, end)
         if self.pairs and not self._factors:
             self._factors = [_factors(pair) for pair in self.pairs]
