@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint directory as transformers loads it, and as the converter does: tensors and what the config means."""
+"""Small checkpoints for the facts' tests, and what transformers and the converter make of a directory."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from cnllama.convert.pack import Plan, make_plan, merged_tensors
+from models import small_config, train_tokenizer, write_json, write_tokenizer, write_weights
 from reference import rotary_frequencies
 
 from cnllama.errors import InputError
@@ -17,7 +19,43 @@ from cnllama.errors import InputError
 os.environ["TQDM_DISABLE"] = "1"
 
 Tensors = dict[str, np.ndarray]
+Config = dict[str, Any]
+HIDDEN, HEADS, LENGTH = 32, 2, 64
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tiny_tokenizer() -> bytes:
+    """A SentencePiece model of 290 pieces at most."""
+    return train_tokenizer(["the cat and the dog sat on the mat"] * 8, 290)
+
+
+def small(vocab: int, **changes: Any) -> Config:
+    """A config.json of hidden 32, 2 layers and 2 heads over one kv head, for 64 positions."""
+    shape = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    return small_config(vocab, **shape, max_position_embeddings=LENGTH, **changes)
+
+
+def write(directory: Path, tokenizer: bytes, config: Config, tensors: Tensors, **container: Any) -> Path:
+    """The directory anew, with these files and no others. container: of write_weights."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    write_json(directory / "config.json", config)
+    write_weights(directory, tensors, **container)
+    write_tokenizer(directory, tokenizer)
+    return directory
+
+
+def check(directory: Path) -> str:
+    """What became of a checkpoint: "refused", "both" or "ours alone". Fails where the two are not the same model."""
+    ours, theirs = by_converter(directory), by_transformers(directory)
+    if isinstance(ours, str):
+        assert "\n" not in ours.split("\nvocabulary sizes found:")[0]
+        assert str(directory) in ours
+        return "refused"
+    if theirs is None:
+        return "ours alone"
+    assert_same(ours[0], theirs)
+    return "both"
 
 
 @dataclass(frozen=True)
