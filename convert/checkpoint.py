@@ -7,6 +7,7 @@ import ctypes
 import math
 import mmap
 import stat
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,13 +162,15 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
         raise InputError(f"{path}: reading PyTorch's .bin needs torch; run: pip install 'cnllama[convert]'") from None
     mapped = True
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            mapped = False  # the format of torch before 1.6, which cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of odd pickles, which end in a sentence of our own
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                mapped = False  # the format of torch before 1.6, which cannot be mapped
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(

@@ -261,7 +261,7 @@ def wrong_names(missing: Sequence[str], unknown: Sequence[str], expected: Collec
     missing: names that the architecture has and the files lack. unknown: the reverse, as stored or canonical. expected:
     all names of the architecture. layers: how many config.json states.
     """
-    found = _prefix(unknown, expected)
+    found = _prefix(missing, unknown)
     if found is not None:
         prefix, count = found
         reason = next(
@@ -289,16 +289,15 @@ def wrong_names(missing: Sequence[str], unknown: Sequence[str], expected: Collec
     )
 
 
-def _prefix(unknown: Sequence[str], expected: Collection[str]) -> tuple[str, int] | None:
-    """The prefix without which most unknown names are known, and how many have it."""
+def _prefix(missing: Sequence[str], unknown: Sequence[str]) -> tuple[str, int] | None:
+    """The prefix without which most unknown names are missing ones, and how many have it."""
+    wanted = {*missing, *(name.removeprefix("model.") for name in missing)}
     counts: Counter[str] = Counter()
     for name in unknown:
-        parts = name.split(".")
-        for cut in range(1, len(parts)):
-            rest = ".".join(parts[cut:])
-            if rest in expected or f"model.{rest}" in expected:
-                counts[name[: len(name) - len(rest)]] += 1
-                break
+        dots = [i + 1 for i, character in enumerate(name) if character == "."]
+        cut = next((i for i in dots if name[i:] in wanted), None)
+        if cut is not None:
+            counts[name[:cut]] += 1
     if not counts:
         return None
     prefix, count = counts.most_common(1)[0]

@@ -25,6 +25,7 @@ from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray
 from .facts import settle
 from .merge import MergedTensor, check_adapter, is_tied, merge
+from .provenance import model_name
 from .quantize.base import CalibrationError, Quantizer, Rtn, Work
 from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
 from .quantize.choice import choose
@@ -359,9 +360,9 @@ def _is_id(value: object, rows: int) -> bool:
 
 def _source(plan: Plan) -> dict[str, Any]:
     return {
-        "base": plan.checkpoint.directory.resolve().name,
-        "adapters": [adapter.directory.resolve().name for adapter in plan.adapters],
-        "tokenizer": plan.vocabulary.tokenizer.file.resolve().parent.name,
+        "base": model_name(plan.checkpoint.directory),
+        "adapters": [model_name(adapter.directory) for adapter in plan.adapters],
+        "tokenizer": model_name(plan.vocabulary.tokenizer.file.parent),
         "cnllama": importlib.metadata.version("cnllama"),
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from cnllama.convert.pack import Plan, make_plan, merged_tensors
 from models import small_config, train_tokenizer, write_json, write_tokenizer, write_weights
 from reference import rotary_frequencies
@@ -32,7 +33,7 @@ def tiny_tokenizer() -> bytes:
 def small(vocab: int, **changes: Any) -> Config:
     """A config.json of hidden 32, 2 layers and 2 heads over one kv head, for 64 positions."""
     shape = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS}
-    return small_config(vocab, **shape, max_position_embeddings=LENGTH, **changes)
+    return small_config(vocab, **(shape | {"max_position_embeddings": LENGTH, "torch_dtype": "float32"} | changes))
 
 
 def write(directory: Path, tokenizer: bytes, config: Config, tensors: Tensors, **container: Any) -> Path:
@@ -43,6 +44,15 @@ def write(directory: Path, tokenizer: bytes, config: Config, tensors: Tensors, *
     write_weights(directory, tensors, **container)
     write_tokenizer(directory, tokenizer)
     return directory
+
+
+def refusal(directory: Path, **options: Any) -> str:
+    """The sentence with which a plan is refused."""
+    with pytest.raises(InputError) as caught:
+        make_plan(directory, **options)
+    sentence = str(caught.value)
+    assert sentence.isprintable(), "one line, no control character"
+    return sentence
 
 
 def check(directory: Path) -> str:

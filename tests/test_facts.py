@@ -202,7 +202,7 @@ def test_every_row_of_the_table_has_cases() -> None:
     ids=[f"{name}-{i}" for name, cases in CASES.items() for i in range(len(cases))],
 )
 def test_a_row_of_the_table(tmp_path: Path, tokenizer: bytes, change: Change, outcome: str, words: str) -> None:
-    config = small(piece_count(tokenizer)) | {"torch_dtype": "float32"}
+    config = small(piece_count(tokenizer))
     tensors = random_tensors(config)
     change(config, tensors)
     directory = write(tmp_path / "base", tokenizer, config, tensors)

@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from cnllama.convert.facts import from_hf
 from hf_reference import (
     EMBED,
     HEAD,
@@ -26,6 +28,9 @@ from hf_reference import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import piece_count, random_tensors, write_json
+from reference import rotary_frequencies
+
+from cnllama.errors import InputError
 
 pytest.importorskip("transformers")
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -167,3 +172,47 @@ def test_tied_embeddings_are_what_transformers_makes_of_them(
     directory = write_drawn(tmp_path / "base", tokenizer, *drawn)
     loads = by_transformers(directory) is not None
     assert check(directory) == ("both" if loads else "refused")
+
+
+def test_every_combination_of_rope() -> None:
+    """rope_theta, rope_scaling, rope_parameters and the length before scaling, all of ROPES with each other."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    keys = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+    compared = 0
+    for values in itertools.product(*(CONFIGS[key] for key in keys)):
+        given_values = {key: value for key, value in zip(keys, values, strict=True) if value != ABSENT}
+        config = {k: v for k, v in small(300).items() if k != "rope_theta"} | json.loads(json.dumps(given_values))
+        try:
+            theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(config))))
+            ours = from_hf(config, "config.json")
+        except (InputError, TypeError, KeyError):  # ours says a sentence, theirs fails at a null
+            continue
+        frequencies, amplitude = rotary_frequencies(ours, 8)
+        np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=1e-5, err_msg=str(given_values))
+        assert amplitude == pytest.approx(theirs.attention_scaling), given_values
+        compared += 1
+    assert compared > 800
+
+
+def test_every_combination_of_window_and_length() -> None:
+    """Where the window of transformers' class hides a token of the context, the config is refused, else not."""
+    from transformers import LlamaConfig, MistralConfig
+
+    for kind, window, length in itertools.product(
+        ("llama", "mistral"), (ABSENT, None, 32, 63, 64, 65, 4096), (ABSENT, 64, 4096, 4097)
+    ):
+        given_values = {"sliding_window": window, "max_position_embeddings": length}
+        config = {k: v for k, v in given_values.items() if v != ABSENT}
+        theirs = {"llama": LlamaConfig, "mistral": MistralConfig}[kind](**config)
+        hides = (getattr(theirs, "sliding_window", None) or 1 << 30) < theirs.max_position_embeddings
+        if hides:
+            with pytest.raises(InputError, match="sliding_window is"):
+                from_hf({"model_type": kind, **config}, "x")
+        else:
+            assert from_hf({"model_type": kind, **config}, "x")["max_position_embeddings"] == (
+                theirs.max_position_embeddings
+            )
