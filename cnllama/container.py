@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import math
@@ -219,6 +220,28 @@ class SafetensorsFile:
             )
 
 
+def check_place(path: Path) -> tuple[Path, Path]:
+    """(the file that a result for `path` replaces, links followed; the temporary one that it is written to first).
+
+    Raises InputError for a place where no file can be written. Writes nothing.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.isdir(target):
+        raise InputError(f"{path}: this is a directory, expected the name of a file to write")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise InputError(f"{path}: this is no regular file, which the result would replace; choose another name")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        os.stat(target.parent)
+        with suppress(FileNotFoundError):
+            os.lstat(temporary)  # its name may be too long
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise from_os_error(path, error) from None
+    return target, temporary
+
+
 class Output:
     """A file written under a temporary name beside the final one and renamed when it is complete.
 
@@ -229,14 +252,7 @@ class Output:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._target = Path(os.path.realpath(self.path))
-        if os.path.isdir(self._target):
-            raise InputError(f"{self.path}: this is a directory, expected the name of a file to write")
-        if os.path.exists(self._target) and not os.path.isfile(self._target):
-            raise InputError(
-                f"{self.path}: this is no regular file, which the result would replace; choose another name"
-            )
-        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.part")
+        self._target, self._temporary = check_place(self.path)
         self._committed = False
         self._remove_leftovers()
         try:

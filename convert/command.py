@@ -13,10 +13,11 @@ from cnllama import _core
 from cnllama.container import Output
 from cnllama.errors import InputError
 
-from .pack import Report, convert
+from .pack import convert
 from .quantize.calibration import DEFAULT_TOKENS, parse_tokens
 from .quantize.registry import AUTO, CALIBRATED, DEVICES, QUANTIZERS
 from .quantize.rules import DEFAULT_Q4, EMBEDDINGS, parse_rules, quantizations
+from .report import describe
 
 HELP = "merge adapters into a Hugging Face LLaMA, quantize and pack it into one .cnl file"
 _MAX_THREADS = 1024
@@ -116,28 +117,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     print(describe(report))
     return 0
-
-
-def describe(report: Report) -> str:
-    """The report as lines for people."""
-    return "\n".join(
-        (
-            f"{report.file}: {report.size:,} bytes, {report.parameters:,} weights, vocabulary {report.vocab_size:,}",
-            f"  scheme       {report.scheme}, {report.bits_per_weight:.3f} bits per weight with everything",
-            f"  quantizer    {report.quantizer}{_reason(report)}",
-            f"  error        mean {report.mean_error:.2%}, worst {report.worst_error:.2%} ({report.worst_tensor})",
-            f"  template     {report.template}",
-            f"  fingerprint  {report.fingerprint}, content {report.content_sha256[:16]}",
-            f"  took         {report.seconds:.1f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
-        )
-    )
-
-
-def _reason(report: Report) -> str:
-    held_out, reason = report.held_out, f": {report.reason}" if report.reason else ""
-    if held_out is None:
-        return reason
-    return (
-        f"{reason}; perplexity of the held-out text {held_out['perplexity']:.4f} by {held_out['quantizer']}, "
-        f"{held_out['rtn_perplexity']:.4f} by rtn"
-    )
