@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.container import SafetensorsFile, read_json
+from cnllama.container import DTYPE_BYTES, SafetensorsFile, read_json
 from cnllama.errors import InputError, from_os_error, printable
 from cnllama.signatures import HEAD, what_it_is
 
@@ -50,6 +50,11 @@ class SourceTensor(ABC):
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in its file, of a type that read() knows."""
+        return self.size * DTYPE_BYTES.get(self.dtype, 1)
 
     def check_dtype(self) -> None:
         """Raises InputError for a dtype that read() does not know."""

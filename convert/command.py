@@ -6,14 +6,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from cnllama import _core
-from cnllama.container import Output
-from cnllama.errors import InputError
+from cnllama.container import Output, check_place
+from cnllama.errors import InputError, os_errors_explained, printable
 
-from .pack import convert
+from .pack import Options, convert, prepare
 from .quantize.calibration import DEFAULT_TOKENS, parse_tokens
 from .quantize.registry import AUTO, CALIBRATED, DEVICES, QUANTIZERS
 from .quantize.rules import DEFAULT_Q4, EMBEDDINGS, parse_rules, quantizations
@@ -34,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="PEFT LoRA adapter to merge; may be repeated, and the order counts",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the .cnl to write")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the .cnl to write")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print sizes, memory and time, and write nothing (-o may be left out)",
+    )
     _add_quantization(parser)
     parser.add_argument("--template", metavar="NAME", help="prompt template to store (default: by vocabulary size)")
     parser.add_argument("--tokenizer", metavar="DIR", type=Path, help="take tokenizer.model from this directory")
@@ -87,33 +94,55 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts and prints the report. Returns the exit code."""
+    """Converts and prints the report, or what a conversion would take. Returns the exit code."""
     if not 0 <= args.threads <= _MAX_THREADS:
         raise InputError(f"--threads is {args.threads}, expected 0 (automatic) to {_MAX_THREADS}")
     if args.quantizer == "rtn" and (args.calibrate or args.no_check or args.device):
         raise InputError(f"--calibrate, --device and --no-check need --quantizer {' or '.join(CALIBRATED)}")
+    if args.output is None and not args.dry_run:
+        raise InputError("-o FILE is missing: name the .cnl to write")
+    options: dict[str, Any] = {
+        "quant": args.quant,
+        "rules": parse_rules(args.quant_rule),
+        "quantizer": args.quantizer,
+        "calibrate": args.calibrate,
+        "calibrate_tokens": parse_tokens(args.calibrate_tokens),
+        "device": args.device,
+        "check": not args.no_check,
+        "template": args.template,
+        "tokenizer": args.tokenizer,
+        "threads": args.threads,
+        "progress": sys.stderr.isatty(),
+    }
+    return _dry_run(args, Options(**options)) if args.dry_run else _convert(args, options)
+
+
+def _convert(args: argparse.Namespace, options: dict[str, Any]) -> int:
     # Opened first: a report that cannot be written must not be found out after the conversion.
     with Output(args.report) if args.report else nullcontext() as output:
-        report = convert(
-            args.base,
-            args.lora,
-            args.output,
-            quant=args.quant,
-            rules=parse_rules(args.quant_rule),
-            quantizer=args.quantizer,
-            calibrate=args.calibrate,
-            calibrate_tokens=parse_tokens(args.calibrate_tokens),
-            device=args.device,
-            check=not args.no_check,
-            template=args.template,
-            tokenizer=args.tokenizer,
-            threads=args.threads,
-            progress=sys.stderr.isatty(),
-        )
+        report = convert(args.base, args.lora, args.output, **options)
         if output:
             output.write(json.dumps(report.to_dict(), indent=2).encode() + b"\n", 0)
             output.commit()
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    _warn(report.warnings)
     print(describe(report))
     return 0
+
+
+def _dry_run(args: argparse.Namespace, options: Options) -> int:
+    from . import dry_run
+
+    if args.report:
+        check_place(args.report)
+    with os_errors_explained(args.base):
+        prepared = prepare(args.base, args.lora, args.output or Path("model.cnl"), options)
+        found = dry_run.forecast(prepared)
+    _warn(found.warnings)
+    for line in dry_run.describe(found):
+        print(line)
+    return 0
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cnllama.errors import printable
+
 
 @dataclass
 class Report:
@@ -40,9 +42,10 @@ class Report:
 
 def describe(report: Report) -> str:
     """The report as lines for people."""
+    file = printable(report.file)
     return "\n".join(
         (
-            f"{report.file}: {report.size:,} bytes, {report.parameters:,} weights, vocabulary {report.vocab_size:,}",
+            f"{file}: {report.size:,} bytes, {report.parameters:,} weights, vocabulary {report.vocab_size:,}",
             f"  scheme       {report.scheme}, {report.bits_per_weight:.3f} bits per weight with everything",
             f"  quantizer    {report.quantizer}{_reason(report)}",
             f"  error        mean {report.mean_error:.2%}, worst {report.worst_error:.2%} ({report.worst_tensor})",
@@ -65,14 +68,26 @@ def _reason(report: Report) -> str:
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's number starts with the parent's size at the fork
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = _status("VmHWM:")  # getrusage's number starts with the parent's size at the fork
+    if peak:
+        return peak
     try:
         import resource
     except ImportError:
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def resident_memory() -> int:
+    """Resident size of this process now, bytes; where the system does not tell, the largest so far."""
+    return _status("VmRSS:") or peak_memory()
+
+
+def _status(key: str) -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 
 from .adapters import Adapter
 from .checkpoint import Checkpoint
@@ -212,7 +212,7 @@ def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Pa
     last = ""
     for directory, what, size in sizes:
         if directory != last:
-            lines.append(f"  {directory}")
+            lines.append(f"  {printable(directory)}")
             last = directory
         lines.append(f"    {what:<{width}}  {size}")
     return "\n".join(lines)

@@ -196,6 +196,12 @@ def test_every_row_of_the_table_has_cases() -> None:
                 assert promised in outcomes, f"{fact.name} promises {promised} and no case shows it"
 
 
+def test_the_documented_table_is_the_table() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows == [[fact.name, fact.sources, fact.difference] for fact in FACTS]
+
+
 @pytest.mark.parametrize(
     ("change", "outcome", "words"),
     [case for cases in CASES.values() for case in cases],

@@ -137,3 +137,21 @@ def test_an_adapter_for_the_padded_rows(tmp_path: Path, tokenizer_model: bytes) 
 
 def merged_with_padding(base: Path) -> list[tuple[str, np.ndarray]]:
     return [(name, tensor.padded().read()) for name, tensor in make_plan(base).tensors.items()]
+
+
+def test_training_on_padded_rows_saves_an_adapter_for_them(tmp_path: Path, tokenizer_model: bytes) -> None:
+    """`adapt resize --pad-to-multiple` makes padding; what is trained on it converts with it."""
+    pytest.importorskip("peft")
+    import adapt_data
+    from test_adapt_pipeline import inside
+
+    data = adapt_data.write_data(tmp_path)
+    rows = -(-piece_count(tokenizer_model) // 64) * 64
+    base = padded(tmp_path / "base", tokenizer_model, rows)
+    words = ["--data", data / "zh.txt:1", "--max-steps", 2, "--block-size", 32, "--batch-size", 2, "--lr", "1e-3"]
+    words += ["--cache", tmp_path / "tokens", "--save-every", 2]
+    inside("adapt", "pretrain", base, "-o", tmp_path / "one", "--stage", 1, *words)
+    inside("adapt", "pretrain", base, "--adapter", tmp_path / "one", "-o", tmp_path / "two", *words)
+    plan = make_plan(base, [tmp_path / "one", tmp_path / "two"])
+    assert set(plan.adapters[0].vocabulary_rows().values()) == {rows}, "trained embeddings keep the base's rows"
+    assert plan.config["vocab_size"] == piece_count(tokenizer_model)
