@@ -144,6 +144,8 @@ def _id_of(files: TokenizerFiles, text: str) -> int:
 
 def _read_model(path: Path) -> bytes | None:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would wait for its writer
+            raise InputError(f"{path}: this is no regular file")
         return path.read_bytes()
     except FileNotFoundError:
         return None

@@ -54,7 +54,7 @@ def check_vocabulary(
     except _MismatchError as error:
         better = _better_order(checkpoint, adapters, tied, override)
         hint = f"; the right order is {' '.join(f'--lora {a.directory}' for a in better)}" if better else ""
-        raise InputError(f"{error}{hint}\n{table}") from None
+        raise InputError(f"{printable(f'{error}{hint}')}\n{table}") from None
     warnings = [
         f"{tokenizer.file.parent}: the special token {text!r} has no id and the model no row for it: ignored"
         for text in left_out

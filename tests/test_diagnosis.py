@@ -16,6 +16,7 @@ from hf_reference import EMBED, HEAD, Tensors, refusal, small, tiny_tokenizer, w
 from models import piece_count, random_tensors, write_json, write_weights
 
 from cnllama.container import read_json
+from cnllama.errors import InputError
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -275,3 +276,20 @@ def test_names_of_strangers_are_printed_without_control_characters(tmp_path: Pat
     for name, file in (("a\n\x1bb", "model-00001-of-00002.safetensors"), ("a\nb", 5), ("x", "a\n\x1bb")):
         write_json(index, {"weight_map": content["weight_map"] | {name: file}})
         refusal(directory)
+
+
+def test_a_directory_of_an_odd_name_does_not_break_the_sentence(tmp_path: Path, tokenizer: bytes) -> None:
+    config = small(piece_count(tokenizer))
+    directory = write(tmp_path / "a\nb\x1b[31m", tokenizer, config, random_tensors(config))
+    write_json(directory / "config.json", config | {"num_hidden_layers": 3})
+    refusal(directory)
+    (directory / "model.safetensors").unlink()
+    refusal(directory)
+    write_json(directory / "config.json", config)
+    write_weights(directory, random_tensors(small(piece_count(tokenizer) + 1)))
+    with pytest.raises(InputError) as caught:
+        make_plan(directory)
+    sentence, table = str(caught.value).split("\n", 1)
+    assert sentence.isprintable()
+    assert table.startswith("vocabulary sizes found:\n")
+    assert all(line.isprintable() for line in table.split("\n"))

@@ -86,6 +86,18 @@ def test_padding_is_never_said(tmp_path: Path, tokenizer_model: bytes) -> None:
             llm.logits([tokens])
 
 
+def test_the_reference_has_the_same_tokens(tmp_path: Path, tokenizer_model: bytes) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from cnllama.eval.reference import open_reference
+
+    rows = -(-piece_count(tokenizer_model) // 64) * 64
+    model = open_reference(padded(tmp_path / "base", tokenizer_model, rows))
+    assert model.vocab_size == piece_count(tokenizer_model)
+    with torch.no_grad():
+        assert model._model(torch.tensor([[1, 5]])).logits.shape == (1, 2, piece_count(tokenizer_model))
+
+
 def test_rows_between_added_tokens_are_never_said(tmp_path: Path, tokenizer_model: bytes) -> None:
     """A last added token makes the padding before it part of the file."""
     tokens = piece_count(tokenizer_model)

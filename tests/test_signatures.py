@@ -118,7 +118,7 @@ def test_what_is_sound_is_not_mistaken(base: Path) -> None:
         assert what_it_is(text.encode(), text=True) is None
 
 
-@pytest.mark.parametrize("place", ["model.safetensors", "pytorch_model.bin", "config.json"])
+@pytest.mark.parametrize("place", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.model"])
 def test_a_pipe_is_not_waited_for(base: Path, place: str) -> None:
     if place == "pytorch_model.bin":
         (base / "model.safetensors").unlink()
