@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cnllama.convert.pack import Plan, make_plan, merged_tensors
-from models import small_config, train_tokenizer, write_json, write_tokenizer, write_weights
+from models import small_config, write_json, write_tokenizer, write_weights
 from reference import rotary_frequencies
 
 from cnllama.errors import InputError
@@ -23,11 +23,6 @@ Tensors = dict[str, np.ndarray]
 Config = dict[str, Any]
 HIDDEN, HEADS, LENGTH = 32, 2, 64
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def tiny_tokenizer() -> bytes:
-    """A SentencePiece model of 290 pieces at most."""
-    return train_tokenizer(["the cat and the dog sat on the mat"] * 8, 290)
 
 
 def small(vocab: int, **changes: Any) -> Config:

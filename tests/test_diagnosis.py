@@ -12,24 +12,13 @@ import numpy as np
 import pytest
 from cnllama.convert import diagnosis
 from cnllama.convert.pack import make_plan
-from hf_reference import EMBED, HEAD, Tensors, refusal, small, tiny_tokenizer, write
+from hf_reference import EMBED, HEAD, Tensors, refusal, small, write
 from models import piece_count, random_tensors, write_json, write_weights
 
 from cnllama.container import read_json
 from cnllama.errors import InputError
 
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> bytes:
-    return tiny_tokenizer()
-
-
-@pytest.fixture
-def base(tmp_path: Path, tokenizer: bytes) -> Path:
-    config = small(piece_count(tokenizer))
-    return write(tmp_path / "base", tokenizer, config, random_tensors(config))
 
 
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
@@ -74,14 +63,14 @@ NAMES: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("container", ["safetensors", "bin"])
-def test_families_of_names(base: Path, kind: str, container: str) -> None:
+def test_families_of_names(small_base: Path, kind: str, container: str) -> None:
     if container == "bin":
         pytest.importorskip("torch")
-        (base / "model.safetensors").unlink()
+        (small_base / "model.safetensors").unlink()
     change, expected = NAMES[kind]
-    config = read_json(base / "config.json")
-    write_weights(base, renamed(random_tensors(config), *change), kind=container)
-    sentence = refusal(base)
+    config = read_json(small_base / "config.json")
+    write_weights(small_base, renamed(random_tensors(config), *change), kind=container)
+    sentence = refusal(small_base)
     assert expected in sentence
     assert "get all files of the checkpoint again" not in sentence
 
@@ -99,40 +88,42 @@ PREFIXES = ["module.", "_orig_mod.", "base_model.model.", "transformer.", "a.b."
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("part", [r"^", r"^(?!lm_head)"], ids=["all", "without lm_head"])
-def test_a_prefix_is_named_and_taking_it_off_works(base: Path, prefix: str, part: str) -> None:
-    config = read_json(base / "config.json")
+def test_a_prefix_is_named_and_taking_it_off_works(small_base: Path, prefix: str, part: str) -> None:
+    config = read_json(small_base / "config.json")
     tensors = random_tensors(config)
-    write_weights(base, renamed(tensors, part, prefix))
-    sentence = refusal(base)
+    write_weights(small_base, renamed(tensors, part, prefix))
+    sentence = refusal(small_base)
     assert f"names begin with {prefix!r}" in sentence
     mend = re.search(r"name\.removeprefix\('([^']+)'\)", sentence)
     assert mend is not None
-    write_weights(base, {name.removeprefix(mend[1]): value for name, value in renamed(tensors, part, prefix).items()})
-    assert make_plan(base).notices == []
+    write_weights(
+        small_base, {name.removeprefix(mend[1]): value for name, value in renamed(tensors, part, prefix).items()}
+    )
+    assert make_plan(small_base).notices == []
 
 
-def test_mends_of_config_work(base: Path) -> None:
+def test_mends_of_config_work(small_base: Path) -> None:
     """What the sentence says to set is set, and the checkpoint converts."""
-    path = base / "config.json"
+    path = small_base / "config.json"
     good = read_json(path)
     tensors = random_tensors(good)
     write_json(path, good | {"num_hidden_layers": 1})
-    found = re.search(r"set it to (\d+)", refusal(base))
+    found = re.search(r"set it to (\d+)", refusal(small_base))
     assert found is not None
     write_json(path, good | {"num_hidden_layers": int(found[1])})
-    make_plan(base)
-    write_weights(base, {name: value for name, value in tensors.items() if name != HEAD})
-    assert "set tie_word_embeddings to true" in refusal(base)
+    make_plan(small_base)
+    write_weights(small_base, {name: value for name, value in tensors.items() if name != HEAD})
+    assert "set tie_word_embeddings to true" in refusal(small_base)
     write_json(path, good | {"tie_word_embeddings": True})
-    assert make_plan(base).config["tie_word_embeddings"] is True
+    assert make_plan(small_base).config["tie_word_embeddings"] is True
     bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}
-    write_weights(base, tensors | bias)
+    write_weights(small_base, tensors | bias)
     write_json(path, good)
-    assert 'set "attention_bias": true' in refusal(base)
+    assert 'set "attention_bias": true' in refusal(small_base)
     write_json(path, good | {"attention_bias": True})
-    assert set(bias) <= set(make_plan(base).tensors)
+    assert set(bias) <= set(make_plan(small_base).tensors)
     write_json(path, good | {"model_type": "mistral", "max_position_embeddings": 8192, "sliding_window": 4096})
-    assert "set it to null" in refusal(base)
+    assert "set it to null" in refusal(small_base)
 
 
 @pytest.mark.parametrize(
@@ -157,17 +148,17 @@ def test_mends_of_config_work(base: Path) -> None:
         ("checkpoint-5/config.json", "checkpoint-5"),
     ],
 )
-def test_weights_of_other_layouts(base: Path, file: str, expected: str) -> None:
-    (base / "model.safetensors").unlink()
-    (base / file).parent.mkdir(exist_ok=True)
-    (base / file).write_bytes(b"x")
-    assert expected in refusal(base)
+def test_weights_of_other_layouts(small_base: Path, file: str, expected: str) -> None:
+    (small_base / "model.safetensors").unlink()
+    (small_base / file).parent.mkdir(exist_ok=True)
+    (small_base / file).write_bytes(b"x")
+    assert expected in refusal(small_base)
 
 
-def test_a_quantized_file_under_another_name(base: Path) -> None:
-    (base / "model.safetensors").rename(base / "gptq_model-4bit-128g.safetensors")
-    write_json(base / "quantize_config.json", {"bits": 4})
-    assert "is quantized, as quantize_config.json says" in refusal(base)
+def test_a_quantized_file_under_another_name(small_base: Path) -> None:
+    (small_base / "model.safetensors").rename(small_base / "gptq_model-4bit-128g.safetensors")
+    write_json(small_base / "quantize_config.json", {"bits": 4})
+    assert "is quantized, as quantize_config.json says" in refusal(small_base)
 
 
 def where_to_go(sentence: str) -> Path:
@@ -179,13 +170,13 @@ def where_to_go(sentence: str) -> Path:
 
 @pytest.mark.parametrize("inside", ["", "snapshots", "refs", "blobs"])
 @pytest.mark.parametrize("refs", [True, False])
-def test_the_hubs_cache_names_the_snapshot(tmp_path: Path, base: Path, inside: str, refs: bool) -> None:
+def test_the_hubs_cache_names_the_snapshot(tmp_path: Path, small_base: Path, inside: str, refs: bool) -> None:
     top = tmp_path / "models--owner--name"
     for name in ("refs", "blobs", "snapshots/1111/sub", "snapshots/2222"):
         (top / name).mkdir(parents=True)
     (top / "snapshots" / "1111" / "sub").rmdir()
     for name in ("1111", "2222"):
-        shutil.copytree(base, top / "snapshots" / name, dirs_exist_ok=True)
+        shutil.copytree(small_base, top / "snapshots" / name, dirs_exist_ok=True)
     if refs:
         (top / "refs" / "main").write_text("1111")
     sentence = refusal(top / inside)
@@ -194,19 +185,19 @@ def test_the_hubs_cache_names_the_snapshot(tmp_path: Path, base: Path, inside: s
     make_plan(where_to_go(sentence))
 
 
-def test_directories_one_step_off(tmp_path: Path, base: Path) -> None:
-    assert where_to_go(refusal(tmp_path)) == base
-    (base / "original").mkdir()
-    assert f"it lies one step up, give {base}" in refusal(base / "original")
-    shutil.copytree(base, tmp_path / "another")
+def test_directories_one_step_off(tmp_path: Path, small_base: Path) -> None:
+    assert where_to_go(refusal(tmp_path)) == small_base
+    (small_base / "original").mkdir()
+    assert f"it lies one step up, give {small_base}" in refusal(small_base / "original")
+    shutil.copytree(small_base, tmp_path / "another")
     assert "several lie in it" in refusal(tmp_path)
     run = tmp_path / "run"
     for step in (5, 10):
-        shutil.copytree(base, run / f"checkpoint-{step}")
+        shutil.copytree(small_base, run / f"checkpoint-{step}")
     assert where_to_go(refusal(run)) == run / "checkpoint-10"
     write_json(run / "checkpoint-10" / "adapter_config.json", {})
     assert "give one of them with --lora" in refusal(run)
-    assert "give the directory" in refusal(base / "model.safetensors")
+    assert "give the directory" in refusal(small_base / "model.safetensors")
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(40))
     assert "this is a file (a GGUF file)" in refusal(tmp_path / "x.gguf")
     (tmp_path / "meta").mkdir()
@@ -214,47 +205,49 @@ def test_directories_one_step_off(tmp_path: Path, base: Path) -> None:
     assert "convert_llama_weights_to_hf.py" in refusal(tmp_path / "meta")
 
 
-def test_links_of_a_copied_cache_lead_nowhere(base: Path) -> None:
-    (base / "model.safetensors").unlink()
-    (base / "model.safetensors").symlink_to("../../blobs/0123")
-    assert "this links to ../../blobs/0123, which is not there" in refusal(base)
+def test_links_of_a_copied_cache_lead_nowhere(small_base: Path) -> None:
+    (small_base / "model.safetensors").unlink()
+    (small_base / "model.safetensors").symlink_to("../../blobs/0123")
+    assert "this links to ../../blobs/0123, which is not there" in refusal(small_base)
 
 
-def test_a_state_dict_one_level_down(base: Path) -> None:
+def test_a_state_dict_one_level_down(small_base: Path) -> None:
     torch = pytest.importorskip("torch")
-    (base / "model.safetensors").unlink()
-    state = {name: torch.from_numpy(value) for name, value in random_tensors(read_json(base / "config.json")).items()}
-    torch.save({"module": state, "lr_scheduler": {}, "global_steps": 5}, base / "pytorch_model.bin")
-    found = re.search(r"save what lies under '(\w+)' alone", refusal(base))
+    (small_base / "model.safetensors").unlink()
+    state = {
+        name: torch.from_numpy(value) for name, value in random_tensors(read_json(small_base / "config.json")).items()
+    }
+    torch.save({"module": state, "lr_scheduler": {}, "global_steps": 5}, small_base / "pytorch_model.bin")
+    found = re.search(r"save what lies under '(\w+)' alone", refusal(small_base))
     assert found is not None
-    torch.save(torch.load(base / "pytorch_model.bin")[found[1]], base / "pytorch_model.bin")
-    make_plan(base)
+    torch.save(torch.load(small_base / "pytorch_model.bin")[found[1]], small_base / "pytorch_model.bin")
+    make_plan(small_base)
 
 
-def test_what_else_lies_beside_the_weights_is_said(base: Path) -> None:
+def test_what_else_lies_beside_the_weights_is_said(small_base: Path) -> None:
     for name in ("adapter_model.safetensors", "consolidated.safetensors", "pytorch_model.bin"):
-        (base / name).write_bytes(b"x")
-    notices = make_plan(base).notices
+        (small_base / name).write_bytes(b"x")
+    notices = make_plan(small_base).notices
     assert notices == [
-        f"{base}: model.safetensors is read and consolidated.safetensors, pytorch_model.bin beside it not, as in "
+        f"{small_base}: model.safetensors is read and consolidated.safetensors, pytorch_model.bin beside it not, as in "
         "transformers"
     ]
 
 
-def test_an_adapter_beside_the_weights_is_not_overlooked(base: Path) -> None:
-    write_json(base / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
-    assert "transformers would apply it; give the directory with --lora as well" in refusal(base)
-    assert "there are no adapter weights" in refusal(base, loras=[base])
+def test_an_adapter_beside_the_weights_is_not_overlooked(small_base: Path) -> None:
+    write_json(small_base / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    assert "transformers would apply it; give the directory with --lora as well" in refusal(small_base)
+    assert "there are no adapter weights" in refusal(small_base, loras=[small_base])
 
 
-def test_shards_of_a_distributed_checkpoint_win_in_transformers(base: Path) -> None:
-    (base / "shard-00000-model-00001-of-00001.safetensors").write_bytes(b"x")
-    assert "save the gathered model" in refusal(base)
+def test_shards_of_a_distributed_checkpoint_win_in_transformers(small_base: Path) -> None:
+    (small_base / "shard-00000-model-00001-of-00001.safetensors").write_bytes(b"x")
+    assert "save the gathered model" in refusal(small_base)
 
 
-def test_an_index_that_forgets_a_tensor(tmp_path: Path, tokenizer: bytes) -> None:
-    config = small(piece_count(tokenizer))
-    directory = write(tmp_path / "base", tokenizer, config, random_tensors(config), shards=2)
+def test_an_index_that_forgets_a_tensor(tmp_path: Path, small_tokenizer: bytes) -> None:
+    config = small(piece_count(small_tokenizer))
+    directory = write(tmp_path / "base", small_tokenizer, config, random_tensors(config), shards=2)
     index = directory / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     del content["weight_map"][UP]
@@ -265,9 +258,9 @@ def test_an_index_that_forgets_a_tensor(tmp_path: Path, tokenizer: bytes) -> Non
     assert EMBED in plan.tensors
 
 
-def test_names_of_strangers_are_printed_without_control_characters(tmp_path: Path, tokenizer: bytes) -> None:
-    config = small(piece_count(tokenizer)) | {"architectures": ["a\x1b[31m\nb"], "rope_scaling": {"\n\x1b": 1}}
-    directory = write(tmp_path / "base", tokenizer, config, random_tensors(config), shards=2)
+def test_names_of_strangers_are_printed_without_control_characters(tmp_path: Path, small_tokenizer: bytes) -> None:
+    config = small(piece_count(small_tokenizer)) | {"architectures": ["a\x1b[31m\nb"], "rope_scaling": {"\n\x1b": 1}}
+    directory = write(tmp_path / "base", small_tokenizer, config, random_tensors(config), shards=2)
     notices = make_plan(directory).notices
     assert len(notices) == 2
     assert all(notice.isprintable() for notice in notices)
@@ -278,15 +271,15 @@ def test_names_of_strangers_are_printed_without_control_characters(tmp_path: Pat
         refusal(directory)
 
 
-def test_a_directory_of_an_odd_name_does_not_break_the_sentence(tmp_path: Path, tokenizer: bytes) -> None:
-    config = small(piece_count(tokenizer))
-    directory = write(tmp_path / "a\nb\x1b[31m", tokenizer, config, random_tensors(config))
+def test_a_directory_of_an_odd_name_does_not_break_the_sentence(tmp_path: Path, small_tokenizer: bytes) -> None:
+    config = small(piece_count(small_tokenizer))
+    directory = write(tmp_path / "a\nb\x1b[31m", small_tokenizer, config, random_tensors(config))
     write_json(directory / "config.json", config | {"num_hidden_layers": 3})
     refusal(directory)
     (directory / "model.safetensors").unlink()
     refusal(directory)
     write_json(directory / "config.json", config)
-    write_weights(directory, random_tensors(small(piece_count(tokenizer) + 1)))
+    write_weights(directory, random_tensors(small(piece_count(small_tokenizer) + 1)))
     with pytest.raises(InputError) as caught:
         make_plan(directory)
     sentence, table = str(caught.value).split("\n", 1)

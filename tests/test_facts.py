@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 from cnllama.convert.config_facts import DEFAULTS
 from cnllama.convert.facts import FACTS, NOTICE, REFUSED, from_hf, settle
-from hf_reference import EMBED, HEAD, HIDDEN, LENGTH, Config, Tensors, check, small, tiny_tokenizer, write
+from hf_reference import EMBED, HEAD, HIDDEN, LENGTH, Config, Tensors, check, small, write
 from models import piece_count, random_tensors
 
 from cnllama.errors import InputError
 
 pytest.importorskip("transformers")
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> bytes:
-    return tiny_tokenizer()
 
 
 def zeros_for(config: Config, key: str) -> Tensors:
@@ -207,11 +202,11 @@ def test_the_documented_table_is_the_table() -> None:
     [case for cases in CASES.values() for case in cases],
     ids=[f"{name}-{i}" for name, cases in CASES.items() for i in range(len(cases))],
 )
-def test_a_row_of_the_table(tmp_path: Path, tokenizer: bytes, change: Change, outcome: str, words: str) -> None:
-    config = small(piece_count(tokenizer))
+def test_a_row_of_the_table(tmp_path: Path, small_tokenizer: bytes, change: Change, outcome: str, words: str) -> None:
+    config = small(piece_count(small_tokenizer))
     tensors = random_tensors(config)
     change(config, tensors)
-    directory = write(tmp_path / "base", tokenizer, config, tensors)
+    directory = write(tmp_path / "base", small_tokenizer, config, tensors)
     if outcome == REFUSED:
         with pytest.raises(InputError) as caught:
             settle(directory)

@@ -22,7 +22,6 @@ from hf_reference import (
     by_transformers,
     check,
     small,
-    tiny_tokenizer,
     write,
 )
 from hypothesis import HealthCheck, given, settings
@@ -34,11 +33,6 @@ from cnllama.errors import InputError
 
 pytest.importorskip("transformers")
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> bytes:
-    return tiny_tokenizer()
 
 
 ABSENT = "absent"
@@ -124,8 +118,8 @@ def stored_tensors(config: Config, how: dict[str, str], rows: int) -> Tensors:
     return {name: value.astype(how["dtype"]) for name, value in tensors.items()}
 
 
-def write_drawn(directory: Path, tokenizer: bytes, config: Config, how: dict[str, str]) -> Path:
-    rows = piece_count(tokenizer)
+def write_drawn(directory: Path, small_tokenizer: bytes, config: Config, how: dict[str, str]) -> Path:
+    rows = piece_count(small_tokenizer)
     full = {**small(rows), **{key: value for key, value in config.items() if value != ABSENT}}
     for key, value in config.items():
         if value == ABSENT:
@@ -133,7 +127,7 @@ def write_drawn(directory: Path, tokenizer: bytes, config: Config, how: dict[str
     if config["vocab_size"] is None:
         full["vocab_size"] = rows
     container = {"bin": {"kind": "bin"}, "one": {}}.get(how["container"], {"shards": 2})
-    write(directory, tokenizer, full, stored_tensors(config, how, rows), **container)
+    write(directory, small_tokenizer, full, stored_tensors(config, how, rows), **container)
     index = directory / "model.safetensors.index.json"
     if how["container"] in ("forgotten", "swapped"):
         content = json.loads(index.read_text())
@@ -146,13 +140,13 @@ def write_drawn(directory: Path, tokenizer: bytes, config: Config, how: dict[str
     return directory
 
 
-def test_never_silently_another_model(tmp_path: Path, tokenizer: bytes) -> None:
+def test_never_silently_another_model(tmp_path: Path, small_tokenizer: bytes) -> None:
     outcomes: Counter[str] = Counter()
 
     @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(oddities=st.lists(st.sampled_from(ODDITIES), max_size=6))
     def holds(oddities: list[tuple[str, Any]]) -> None:
-        outcomes[check(write_drawn(tmp_path / "drawn", tokenizer, *drawn_with(*oddities)))] += 1
+        outcomes[check(write_drawn(tmp_path / "drawn", small_tokenizer, *drawn_with(*oddities)))] += 1
 
     holds()
     assert outcomes["both"] > 30, f"too few checkpoints were compared: {outcomes}"
@@ -160,16 +154,16 @@ def test_never_silently_another_model(tmp_path: Path, tokenizer: bytes) -> None:
 
 
 @pytest.mark.parametrize("oddity", ODDITIES, ids=lambda oddity: f"{oddity[0]}-{oddity[1]}"[:50])
-def test_each_oddity_by_itself(tmp_path: Path, tokenizer: bytes, oddity: tuple[str, Any]) -> None:
-    check(write_drawn(tmp_path / "base", tokenizer, *drawn_with(oddity)))
+def test_each_oddity_by_itself(tmp_path: Path, small_tokenizer: bytes, oddity: tuple[str, Any]) -> None:
+    check(write_drawn(tmp_path / "base", small_tokenizer, *drawn_with(oddity)))
 
 
 @pytest.mark.parametrize("pair", list(itertools.product([True, False], STORED["head"], STORED["embedding"])), ids=str)
 def test_tied_embeddings_are_what_transformers_makes_of_them(
-    tmp_path: Path, tokenizer: bytes, pair: tuple[bool, str, str]
+    tmp_path: Path, small_tokenizer: bytes, pair: tuple[bool, str, str]
 ) -> None:
     drawn = drawn_with(*zip(("tie_word_embeddings", "head", "embedding"), pair, strict=True))
-    directory = write_drawn(tmp_path / "base", tokenizer, *drawn)
+    directory = write_drawn(tmp_path / "base", small_tokenizer, *drawn)
     loads = by_transformers(directory) is not None
     assert check(directory) == ("both" if loads else "refused")
 

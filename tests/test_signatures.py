@@ -13,26 +13,14 @@ from pathlib import Path
 
 import pytest
 from cnllama.convert.pack import make_plan
-from hf_reference import refusal, small, tiny_tokenizer, write
+from hf_reference import refusal
 from hypothesis import given
 from hypothesis import strategies as st
-from models import piece_count, random_tensors
 
 from cnllama.container import SafetensorsFile, read_json
 from cnllama.signatures import HEAD, what_it_is, what_the_file_is
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 9876543210\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> bytes:
-    return tiny_tokenizer()
-
-
-@pytest.fixture
-def base(tmp_path: Path, tokenizer: bytes) -> Path:
-    config = small(piece_count(tokenizer))
-    return write(tmp_path / "base", tokenizer, config, random_tensors(config))
 
 
 def archive(kind: str) -> bytes:
@@ -79,27 +67,27 @@ TEXTS = ("json", "text", "chinese", "old pointer", "escape")
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", CONTENTS)
-def test_first_bytes_are_recognised_wherever_a_file_is_opened(base: Path, place: str, kind: str) -> None:
+def test_first_bytes_are_recognised_wherever_a_file_is_opened(small_base: Path, place: str, kind: str) -> None:
     if place.endswith(".bin"):
         pytest.importorskip("torch")
     content, what = CONTENTS[kind]
     if place not in ("config.json", "tokenizer.model"):
-        (base / "model.safetensors").unlink()
-    (base / place).write_bytes(content)
-    sentence = refusal(base)
-    assert str(base / place) in sentence
+        (small_base / "model.safetensors").unlink()
+    (small_base / place).write_bytes(content)
+    sentence = refusal(small_base)
+    assert str(small_base / place) in sentence
     expected_text = place.endswith(".json") and kind in TEXTS
     if not expected_text and not (place.endswith(".bin") and kind in TORCH):
         assert what in sentence
-        assert "; " in sentence.removeprefix(str(base)), "a mend"
+        assert "; " in sentence.removeprefix(str(small_base)), "a mend"
 
 
-def test_a_safetensors_file_under_another_name(base: Path) -> None:
+def test_a_safetensors_file_under_another_name(small_base: Path) -> None:
     pytest.importorskip("torch")
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    assert "this is a safetensors file; its name should end with .safetensors" in refusal(base)
-    (base / "pytorch_model.bin").rename(base / "model.safetensors")
-    make_plan(base)
+    (small_base / "model.safetensors").rename(small_base / "pytorch_model.bin")
+    assert "this is a safetensors file; its name should end with .safetensors" in refusal(small_base)
+    (small_base / "pytorch_model.bin").rename(small_base / "model.safetensors")
+    make_plan(small_base)
 
 
 @given(
@@ -111,18 +99,18 @@ def test_no_bytes_are_too_odd(head: bytes) -> None:
         assert found is None or str(found).isprintable()
 
 
-def test_what_is_sound_is_not_mistaken(base: Path) -> None:
-    assert SafetensorsFile(base / "model.safetensors").entries
-    assert read_json(base / "config.json")
+def test_what_is_sound_is_not_mistaken(small_base: Path) -> None:
+    assert SafetensorsFile(small_base / "model.safetensors").entries
+    assert read_json(small_base / "config.json")
     for text in ('{"a": 1}', "[1]", '"BZh"', "  {}", "12"):
         assert what_it_is(text.encode(), text=True) is None
 
 
 @pytest.mark.parametrize("place", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.model"])
-def test_a_pipe_is_not_waited_for(base: Path, place: str) -> None:
+def test_a_pipe_is_not_waited_for(small_base: Path, place: str) -> None:
     if place == "pytorch_model.bin":
-        (base / "model.safetensors").unlink()
-    (base / place).unlink(missing_ok=True)
-    os.mkfifo(base / place)
-    assert "this is no regular file" in refusal(base)
-    assert what_the_file_is(base / place) is None
+        (small_base / "model.safetensors").unlink()
+    (small_base / place).unlink(missing_ok=True)
+    os.mkfifo(small_base / place)
+    assert "this is no regular file" in refusal(small_base)
+    assert what_the_file_is(small_base / place) is None
