@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from cnllama.convert import fingerprint, parity
+from cnllama.convert.facts import from_hf
 from cnllama.convert.gguf import export as gguf
 from cnllama.convert.gguf.blocks import BLOCK, PANEL_ROWS, spans, split
 from cnllama.convert.tokenizers import TokenizerFiles, load_sentencepiece
@@ -30,7 +31,7 @@ from tiny_checkpoint import sample_lines, train_tokenizer
 from tqdm import tqdm
 
 from cnllama import _core
-from cnllama.config import EMBEDDING, LM_HEAD, expected_tensors, from_hf
+from cnllama.config import EMBEDDING, LM_HEAD, expected_tensors
 from cnllama.errors import CnllamaError, InputError, os_errors_explained
 from cnllama.format import TOKENIZER, CnlWriter, open_cnl, stored_bytes
 from cnllama.templates import default_template

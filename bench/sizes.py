@@ -14,10 +14,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from cnllama.convert.facts import from_hf
 from cnllama.convert.quantize.rules import EMBEDDINGS, quantizations, scheme_of
 from make_checkpoint import GROWN_VOCAB, SHAPES
 
-from cnllama.config import EMBEDDING, LM_HEAD, expected_tensors, from_hf
+from cnllama.config import EMBEDDING, LM_HEAD, expected_tensors
 from cnllama.errors import CnllamaError, InputError
 from cnllama.format import stored_bytes
 from cnllama.plan import Available, make_plan

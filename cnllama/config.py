@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model configuration: Hugging Face's config.json in, the checked configuration of a .cnl out."""
+"""The model configuration of a .cnl: its keys, their ranges, and the tensors that follow from it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LIMITS = {
     "vocab_size": 1 << 22,
 }
 KEYS = (*LIMITS, "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
-_ROPE_REQUIRED = {
+ROPE_REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }
-_ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")}
+ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
 EMBEDDING, LM_HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
@@ -77,37 +77,6 @@ def check_config(config: object, where: str) -> dict[str, Any]:
     return {key: config[key] for key in KEYS}
 
 
-def from_hf(hf: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The .cnl configuration of a Hugging Face config.json, `vocab_size` as it claims (the rows decide later).
-
-    Raises InputError for another architecture and, by name, for every feature the engine lacks.
-    """
-    _check_architecture(hf, where)
-    config: dict[str, Any] = {
-        key: hf.get(key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    }
-    for key, value in config.items():
-        if not is_count(value, 1, LIMITS[key]):
-            raise InputError(f"{where}: {key} is {value!r:.40}, expected an integer from 1 to {LIMITS[key]:,}")
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    if hf.get("head_dim") is None and hidden % heads:
-        raise InputError(
-            f"{where}: hidden_size is {hidden}, not a multiple of num_attention_heads, {heads}; correct the two"
-        )
-    theta, scaling = _rope_of(hf, where)
-    config |= {
-        "num_key_value_heads": _given(hf, "num_key_value_heads", heads),
-        "head_dim": _given(hf, "head_dim", hidden // heads),
-        "max_position_embeddings": _given(hf, "max_position_embeddings", 2048),
-        "vocab_size": _given(hf, "vocab_size", 32000),
-        "rms_norm_eps": _given(hf, "rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "tie_word_embeddings": _given(hf, "tie_word_embeddings", False),
-    }
-    config["rope_scaling"] = _normal_rope(scaling, config["max_position_embeddings"], where)
-    return check_config(config, where)
-
-
 def expected_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, Expected]]:
     """Every tensor of the architecture in file order, with its Hugging Face name; lm_head is absent when tied."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
@@ -131,75 +100,10 @@ def expected_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, Expected]
         yield LM_HEAD, Expected(vocab, hidden)
 
 
-def _given(hf: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = hf.get(key)
-    return default if value is None else value
-
-
 def _number(values: Mapping[str, Any], key: str, where: str, low: float, high: float) -> None:
     value = values[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise InputError(f"{where}: {key} is {value!r:.40}, expected a number from {low:g} to {high:g}")
-
-
-def _check_architecture(hf: Mapping[str, Any], where: str) -> None:
-    kind = hf.get("model_type")
-    if kind not in ("llama", "mistral") and not (
-        kind is None and "LlamaForCausalLM" in (hf.get("architectures") or [])
-    ):
-        raise InputError(f"{where}: model_type is {kind!r:.40}, expected 'llama' (or 'mistral' without sliding window)")
-    unsupported = {
-        "sliding_window": kind == "mistral" and hf.get("sliding_window") is not None,
-        "quantization_config": hf.get("quantization_config") is not None,
-        "hidden_act": hf.get("hidden_act", "silu") not in ("silu", "swish"),
-        "partial_rotary_factor": _given(hf, "partial_rotary_factor", 1.0) != 1.0,
-    }
-    for key, bad in unsupported.items():
-        if bad:
-            mend = {
-                "quantization_config": "give the unquantized checkpoint",
-                "hidden_act": "only silu is supported",
-            }.get(key, "this variant is not supported")
-            raise InputError(f"{where}: {key} is {hf.get(key)!r:.60}; {mend}")
-
-
-def _rope_of(hf: Mapping[str, Any], where: str) -> tuple[Any, Any]:
-    """(theta, scaling) of rope_theta and rope_scaling, or of transformers 5's rope_parameters."""
-    parameters = hf.get("rope_parameters")
-    scaling = hf.get("rope_scaling") if parameters is None else parameters
-    for value in (parameters, scaling):
-        if value is not None and not isinstance(value, dict):
-            raise InputError(f"{where}: the RoPE scaling is {value!r:.60}, expected an object or null")
-    theta = (parameters or {}).get("rope_theta")
-    if theta is None:
-        theta = (scaling or {}).get("rope_theta", _given(hf, "rope_theta", 10000.0))
-    if _given(scaling or {}, "partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"{where}: partial_rotary_factor is not 1; this variant is not supported")
-    return theta, scaling
-
-
-def _normal_rope(scaling: dict[str, Any] | None, trained: int, where: str) -> dict[str, Any] | None:
-    """Keeps what the engine reads, under the names of transformers' rope_scaling, and fills in the original length."""
-    if not scaling:
-        return None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in _ROPE_REQUIRED:
-        raise InputError(
-            f"{where}: RoPE scaling of type {kind!r:.40} is not supported, expected {', '.join(_ROPE_REQUIRED)}"
-        )
-    result: dict[str, Any] = {"rope_type": kind}
-    for key in _ROPE_REQUIRED[kind] + _ROPE_OPTIONAL.get(kind, ()):
-        value = scaling.get(key)
-        if key == "original_max_position_embeddings" and value is None:
-            value = trained
-        # transformers treats a zero mscale like an absent one
-        if value is not None and not (key.startswith("mscale") and value == 0):
-            result[key] = value
-    if kind == "yarn" and scaling.get("truncate") is not None:
-        result["truncate"] = scaling["truncate"]
-    return result
 
 
 def _check_rope(scaling: object, config: Mapping[str, Any], where: str) -> None:
@@ -209,19 +113,20 @@ def _check_rope(scaling: object, config: Mapping[str, Any], where: str) -> None:
     if not isinstance(scaling, dict):
         raise InputError(f"{where} is {scaling!r:.60}, expected an object or null")
     kind = scaling.get("rope_type")
-    if not isinstance(kind, str) or kind not in _ROPE_REQUIRED:
-        raise InputError(f"{where} has rope_type {kind!r:.40}, expected one of {', '.join(_ROPE_REQUIRED)}")
-    missing = [key for key in _ROPE_REQUIRED[kind] if key not in scaling]
+    if not isinstance(kind, str) or kind not in ROPE_REQUIRED:
+        raise InputError(f"{where} has rope_type {kind!r:.40}, expected one of {', '.join(ROPE_REQUIRED)}")
+    missing = [key for key in ROPE_REQUIRED[kind] if key not in scaling]
     if missing:
         raise InputError(f"{where} of type {kind} lacks {', '.join(missing)}")
     for key, value in scaling.items():
         if key == "rope_type":
             continue
-        if key == "truncate" and kind == "yarn" and isinstance(value, bool):
-            continue
-        if key not in _ROPE_REQUIRED[kind] + _ROPE_OPTIONAL.get(kind, ()):
+        if key not in ROPE_REQUIRED[kind] + ROPE_OPTIONAL.get(kind, ()):
             raise InputError(f"{where} of type {kind} has {key!r:.40}, which is unknown; convert the model again")
-        if key == "original_max_position_embeddings":
+        if key == "truncate":
+            if not isinstance(value, bool):
+                raise InputError(f"{where}: truncate is {value!r:.40}, expected true or false")
+        elif key == "original_max_position_embeddings":
             if not is_count(value, 1, LIMITS["max_position_embeddings"]):
                 raise InputError(f"{where}: {key} is {value!r:.40}, expected a positive integer")
         else:

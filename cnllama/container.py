@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from cnllama.errors import InputError, from_os_error
 from cnllama.files import Output, open_regular, read_bytes
+from cnllama.signatures import HEAD, what_it_is
 from cnllama.space import check_space
 
 MAX_HEADER_BYTES = 100_000_000
@@ -26,7 +28,6 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-_OTHER_FORMATS = {b"GGUF": "a GGUF file", b"PK\x03\x04": "a zip archive (a .bin of PyTorch?)", b"\x80\x02": "a pickle"}
 
 Bytes = npt.NDArray[np.uint8]
 _Writer = TypeVar("_Writer", bound="TensorWriter")
@@ -58,6 +59,9 @@ def parse_json(text: str | bytes, what: str) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a small JSON file. Raises InputError when it is no regular file, too long, or no object."""
     data = read_bytes(path, MAX_HEADER_BYTES)
+    contents = what_it_is(data[:HEAD], text=True)
+    if contents is not None:
+        raise InputError(f"{path}: {contents}")
     value = parse_json(data.removeprefix(b"\xef\xbb\xbf"), f"{path}: the file")
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
@@ -67,6 +71,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_count(value: object, low: int = 0, high: int = 1 << 62) -> bool:
     """Whether `value` is an integer (no bool) within low .. high."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number of JSON (no bool)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def map_file(path: Path) -> tuple[mmap.mmap, int]:
@@ -140,9 +151,10 @@ class SafetensorsFile:
             self.refuse(f"the file has {self.size} bytes, too few for any safetensors file", "make it again")
         length = int.from_bytes(start, "little")
         if not 2 <= length <= max_header or self._map[8:9] != b"{":
-            other = next((text for magic, text in _OTHER_FORMATS.items() if start.startswith(magic)), None)
-            found = f"this is {other}" if other else f"it begins with {start!r}, which starts no safetensors header"
-            self.refuse(found, "expected a safetensors file")
+            contents = what_it_is(self._map[:HEAD])
+            if contents is not None:
+                self.refuse(f"this is {contents.what}, expected a safetensors file", contents.mend)
+            self.refuse(f"it begins with {start!r}, which starts no safetensors header", "expected a safetensors file")
         if 8 + length > self.size:
             self.refuse(
                 f"the header is {length:,} bytes long but the file ends after {self.size:,}",

@@ -7,6 +7,7 @@ or removes anything: a test reads both for such calls.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -145,6 +146,23 @@ def _destination(path: Path) -> Path:
         raise InputError(f"{path}: this is no regular file, which the result would replace; choose another name")
     if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise InputError(f"{path}: this file is write-protected; choose another name, or change its permissions")
+    return target
+
+
+def check_place(path: Path) -> Path:
+    """Where a file that is to be called `path` goes, links followed. Writes nothing.
+
+    Raises InputError for a place where no file can be written.
+    """
+    target = _destination(path)
+    try:
+        os.stat(target.parent)
+        with suppress(FileNotFoundError):
+            os.lstat(target)  # its name may be too long
+        if not os.access(target.parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise from_os_error(path, error) from None
     return target
 
 

@@ -280,9 +280,7 @@ class CnlWriter(TensorWriter):
         self._table = dict(table)
         self._sizes = {name: stored_bytes(*row) for name, row in table.items()}
         self._content = hashlib.sha256()
-        # The header is written last but the data cannot move: leave room for the statistics of every tensor.
-        draft = len(self._header("")) + 192 * len(table) + (1 << 12)
-        self._data_begin = round_up(8 + draft, ALIGNMENT)
+        self._data_begin = _data_begin(metadata, table)
         super().__init__(path, self._sizes, self._data_begin)
 
     def write_padded(self, name: str, data: Bytes | bytes) -> None:
@@ -297,7 +295,7 @@ class CnlWriter(TensorWriter):
         self._metadata.update(updates)
         self._metadata["fingerprint"] = {**self._metadata["fingerprint"], "content_sha256": content}
         room = self._data_begin - 8
-        header = self._header(_ZERO_HASH)
+        header = _header(self._metadata, self._table, _ZERO_HASH)
         if len(header) > room:
             raise CnllamaError(f"{self.path}: the header needs {len(header):,} bytes and {room:,} were kept for it")
         header += b" " * (room - len(header))
@@ -310,24 +308,30 @@ class CnlWriter(TensorWriter):
         super()._append(data)
         self._content.update(data)
 
-    def _header(self, digest: str) -> bytes:
-        values = {key: self._metadata.get(key, {}) for key in JSON_KEYS} | {"tensors": self._table}
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "template": self._metadata["template"],
-            "header_sha256": digest,
-        }
-        metadata |= {key: _dump(value) for key, value in values.items()}
-        header: dict[str, Any] = {"__metadata__": metadata}
-        begin = 0
-        for name, row in self._table.items():
-            dtype, shape = stored_shape(*row)
-            end = begin + self._sizes[name]
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-            begin = end
-        # Names of directories may hold bytes that are no UTF-8; the header must.
-        return _dump(header).encode("utf-8", "replace")
+
+def planned_size(metadata: Mapping[str, Any], table: Mapping[str, tuple[str, int, int]]) -> int:
+    """Bytes of the file that a CnlWriter makes of these."""
+    return _data_begin(metadata, table) + sum(stored_bytes(*row) for row in table.values())
+
+
+def _data_begin(metadata: Mapping[str, Any], table: Mapping[str, tuple[str, int, int]]) -> int:
+    """The header is written last but the data cannot move: room is left for the statistics of every tensor."""
+    return round_up(8 + len(_header(metadata, table, "")) + 192 * len(table) + (1 << 12), ALIGNMENT)
+
+
+def _header(metadata: Mapping[str, Any], table: Mapping[str, tuple[str, int, int]], digest: str) -> bytes:
+    values = {key: metadata.get(key, {}) for key in JSON_KEYS} | {"tensors": table}
+    described = {"format": FORMAT, "version": VERSION, "template": metadata["template"], "header_sha256": digest}
+    described |= {key: _dump(value) for key, value in values.items()}
+    header: dict[str, Any] = {"__metadata__": described}
+    begin = 0
+    for name, row in table.items():
+        dtype, shape = stored_shape(*row)
+        end = begin + stored_bytes(*row)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    # Names of directories may hold bytes that are no UTF-8; the header must.
+    return _dump(header).encode("utf-8", "replace")
 
 
 def _dump(value: object) -> str:

@@ -201,7 +201,11 @@ class LLM:
         return stream.completion
 
     def logits(self, ids: Sequence[int]) -> _core.FloatArray:
-        """float32 [len(ids), vocab_size]: the logits after every token. No template, nothing added."""
+        """float32 [len(ids), vocab_size]: the logits after every token. No template, nothing added.
+
+        -inf for an id between added tokens that no token has. Rows that a checkpoint was padded with after its last
+        token are not in the file, and vocab_size does not count them.
+        """
         tokens = self._check_ids(ids)
         if not tokens:
             raise InputError("there are no token ids: give at least one")
@@ -209,6 +213,7 @@ class LLM:
         out = np.empty((len(tokens), self.vocab_size), np.float32)
         with _one_sentence(self.path):
             self._open_scheduler().all_logits(tokens, out)
+        out[:, self._silent] = -np.inf
         return out
 
     def tokenize(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:

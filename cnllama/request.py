@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -228,6 +229,9 @@ class Request:
         if isinstance(logits, Largest):
             token, logprob, top = self._sampler.sample(logits.logits, banned, ids=logits.ids)
         else:
+            if self._banned and self.params.logprobs is not None:  # what cannot be said has no probability
+                logits = logits.copy()
+                logits[self._banned] = -math.inf
             token, logprob, top = self._sampler.sample(logits, banned, self.params.logprobs or 0)
         self._end = time.perf_counter()
         self._chosen += 1

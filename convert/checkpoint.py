@@ -6,20 +6,28 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import stat
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.container import SafetensorsFile, read_json
-from cnllama.errors import InputError, from_os_error
+from cnllama.container import DTYPE_BYTES, SafetensorsFile, read_json
+from cnllama.errors import InputError, from_os_error, printable
+from cnllama.signatures import HEAD, what_it_is
+
+from . import diagnosis
 
 FloatArray = npt.NDArray[np.float32]
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+FLOATS = ("F64", "F32", "F16", "BF16")
+_BUFFER = "rotary_emb.inv_freq"  # old transformers stored what follows from the config
+_CHUNK_ROWS = 1024
 
 
 class SourceTensor(ABC):
@@ -32,7 +40,7 @@ class SourceTensor(ABC):
 
     @abstractmethod
     def read(self, begin: int = 0, end: int | None = None) -> FloatArray:
-        """A float32 copy of rows begin .. end (all by default). Raises InputError for a dtype that holds no weights."""
+        """A float32 copy of rows begin .. end (all by default); F64 is rounded. Raises InputError for other dtypes."""
 
     @abstractmethod
     def release(self) -> None:
@@ -43,11 +51,18 @@ class SourceTensor(ABC):
         """Number of values."""
         return math.prod(self.shape)
 
-    def _refuse_dtype(self) -> InputError:
-        return InputError(
-            f"{self.file}: tensor {self.name} has dtype {self.dtype}, expected F16, BF16 or F32; "
-            "give the unquantized checkpoint"
-        )
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in its file, of a type that read() knows."""
+        return self.size * DTYPE_BYTES.get(self.dtype, 1)
+
+    def check_dtype(self) -> None:
+        """Raises InputError for a dtype that read() does not know."""
+        if self.dtype not in FLOATS:
+            raise InputError(
+                f"{self.file}: tensor {self.name} has dtype {self.dtype}, expected one of {', '.join(FLOATS)}; "
+                "give the unquantized checkpoint"
+            )
 
 
 class _MappedTensor(SourceTensor):
@@ -57,16 +72,12 @@ class _MappedTensor(SourceTensor):
         self.shape, self.dtype = self._entry.shape, self._entry.dtype
 
     def read(self, begin: int = 0, end: int | None = None) -> FloatArray:
+        self.check_dtype()
         data = self._source.view(self.name)
-        if self.dtype == "F32":
-            values = data.view(np.float32).reshape(self.shape)[begin:end].copy()
-        elif self.dtype == "F16":
-            values = data.view(np.float16).reshape(self.shape)[begin:end].astype(np.float32)
-        elif self.dtype == "BF16":
-            values = _from_bfloat16(data.view(np.uint16).reshape(self.shape)[begin:end])
-        else:
-            raise self._refuse_dtype()
-        return values
+        if self.dtype == "BF16":
+            return _from_bfloat16(data.view(np.uint16).reshape(self.shape)[begin:end])
+        kind = {"F16": np.float16, "F32": np.float32, "F64": np.float64}[self.dtype]
+        return _to_float32(data.view(kind).reshape(self.shape)[begin:end])
 
     def release(self) -> None:
         self._source.release(self._entry.begin, self._entry.end)
@@ -76,24 +87,28 @@ class _TorchTensor(SourceTensor):
     def __init__(self, file: Path, name: str, tensor: Any, mapped: bool) -> None:
         self.file, self.name, self._tensor, self._mapped = file, name, tensor.detach(), mapped
         self.shape = tuple(tensor.shape)
-        names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+        names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
         kind = str(tensor.dtype).removeprefix("torch.")
         self.dtype = names.get(kind, kind)
 
     def read(self, begin: int = 0, end: int | None = None) -> FloatArray:
         import torch
 
+        self.check_dtype()
         rows = self._tensor[begin:end].contiguous()
         if self.dtype == "BF16":
             return _from_bfloat16(rows.view(torch.int16).numpy().view(np.uint16))
-        if self.dtype not in ("F16", "F32"):
-            raise self._refuse_dtype()
-        values: npt.NDArray[Any] = rows.numpy()
-        return values.astype(np.float32)  # always a copy: the map is shared with other readers
+        return _to_float32(rows.numpy())
 
     def release(self) -> None:
         if self._mapped and self._tensor.is_contiguous():
             _drop_pages(self._tensor.data_ptr(), self._tensor.nbytes)
+
+
+def _to_float32(values: npt.NDArray[Any]) -> FloatArray:
+    """Always a copy: a map is shared with other readers."""
+    with np.errstate(over="ignore"):  # what is too large becomes infinity, which is refused where it is quantized
+        return values.astype(np.float32)
 
 
 def _from_bfloat16(values: npt.NDArray[np.uint16]) -> FloatArray:
@@ -111,6 +126,31 @@ def _drop_pages(address: int, size: int) -> None:
     madvise(ctypes.c_void_p(begin), ctypes.c_size_t(address + size - begin), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
+class Rows(Protocol):
+    """What same_values compares: a SourceTensor, or one with adapters on top."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As Hugging Face stores it."""
+
+    def read(self, begin: int = 0, end: int | None = None) -> FloatArray:
+        """float32 rows begin .. end."""
+
+    def release(self) -> None:
+        """Drops what reading brought into memory."""
+
+
+def same_values(a: Rows, b: Rows) -> bool:
+    """Whether two tensors have one shape and equal float32 values; reads up to the first rows that differ."""
+    if a.shape != b.shape:
+        return False
+    rows = range(0, a.shape[0], _CHUNK_ROWS)
+    equal = all(np.array_equal(a.read(row, row + _CHUNK_ROWS), b.read(row, row + _CHUNK_ROWS)) for row in rows)
+    a.release()
+    b.release()
+    return equal
+
+
 def open_weights(path: Path) -> dict[str, SourceTensor]:
     """Every tensor of a .safetensors or .bin file. Raises InputError when the file is damaged or is something else."""
     if path.suffix != ".bin":
@@ -120,24 +160,22 @@ def open_weights(path: Path) -> dict[str, SourceTensor]:
 
 
 def _open_torch(path: Path) -> dict[str, SourceTensor]:
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty; its download was cut off, get it again")
-    except OSError as error:
-        raise from_os_error(path, error) from None
+    _check_torch_file(path)
     try:
         import torch
     except ImportError:
         raise InputError(f"{path}: reading PyTorch's .bin needs torch; run: pip install 'cnllama[convert]'") from None
     mapped = True
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            mapped = False  # the format of torch before 1.6, which cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of odd pickles, which end in a sentence of our own
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                mapped = False  # the format of torch before 1.6, which cannot be mapped
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -145,7 +183,7 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
             "get it again"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path}: holds no plain table of tensors; save the model's state_dict and try again")
+        raise InputError(f"{path}: {diagnosis.no_state_dict(state)}")
     if not all(isinstance(name, str) and name.isprintable() for name in state):
         raise InputError(f"{path}: holds names of tensors that are no plain text; save the model's state_dict again")
     if any(value.layout != torch.strided or value.device.type != "cpu" for value in state.values()):
@@ -153,68 +191,135 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
     return {name: _TorchTensor(path, name, value, mapped) for name, value in state.items()}
 
 
+def _check_torch_file(path: Path) -> None:
+    """Raises InputError for what is neither a zip archive nor a pickle, which are all that torch.save writes."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise InputError(f"{path}: this is no regular file")
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        raise from_os_error(path, error) from None
+    if not head:
+        raise InputError(f"{path}: the file is empty; its download was cut off, get it again")
+    contents = None if head.startswith((b"PK\x03\x04", b"\x80")) else what_it_is(head)
+    if contents is not None:
+        raise InputError(f"{path}: {contents}")
+
+
 def canonical_name(name: str) -> str:
-    """The name LlamaForCausalLM uses, also for a checkpoint of the bare LlamaModel."""
+    """The name LlamaForCausalLM uses, also for a checkpoint of the bare LlamaModel and for one with `model.` twice."""
+    if name.startswith(("model.model.", "model.lm_head.")):
+        return name.removeprefix("model.")
     return f"model.{name}" if name.startswith(("layers.", "embed_tokens.", "norm.")) else name
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face directory: its config.json as it is and its tensors by canonical name."""
+    """A Hugging Face directory: its config.json as it is and its tensors by canonical name.
+
+    twice: further copies of a tensor, in another shard or under the other spelling of its name. notices: what the user
+    should know of the files. frequencies: of the rotary embedding, which old versions of transformers stored.
+    """
 
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, SourceTensor]
+    twice: Mapping[str, Sequence[SourceTensor]] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+    frequencies: SourceTensor | None = None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint. Raises InputError that says what the directory is instead, where that shows."""
+    path = directory / "config.json"
+    if not directory.is_dir() or not path.exists():
+        raise InputError(f"{directory}: {diagnosis.no_checkpoint(directory)}")
+    return read_json(path)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Opens config.json and all weight files. Raises InputError when one is missing or damaged; reads no weights."""
-    if not directory.is_dir():
-        found = "this is a file" if directory.exists() else "there is no such directory"
-        raise InputError(f"{directory}: {found}, expected the directory of a Hugging Face LLaMA")
-    if not (directory / "config.json").exists():
-        if (directory / "adapter_config.json").exists():
-            raise InputError(f"{directory}: this is a LoRA adapter, expected a base model; give it with --lora")
-        raise InputError(f"{directory}: there is no config.json, expected the directory of a Hugging Face LLaMA")
-    config = read_json(directory / "config.json")
+    config = read_config(directory)
     tensors: dict[str, SourceTensor] = {}
-    for name, tensor in _find_tensors(directory).items():
-        if not name.endswith("rotary_emb.inv_freq"):  # old transformers stored what follows from the config
-            tensors[canonical_name(name)] = tensor
-    return Checkpoint(directory, config, tensors)
+    twice: dict[str, list[SourceTensor]] = {}
+    notices: list[str] = []
+    for name, tensor in _find_tensors(directory, notices):
+        canonical = canonical_name(name)
+        if canonical in tensors:
+            twice.setdefault(canonical, []).append(tensor)
+        else:
+            tensors[canonical] = tensor
+    buffers = [tensors.pop(name) for name in list(tensors) if name.endswith(_BUFFER)]
+    twice = {name: copies for name, copies in twice.items() if name in tensors}
+    return Checkpoint(directory, config, tensors, twice, notices, buffers[0] if buffers else None)
 
 
-def _find_tensors(directory: Path) -> dict[str, SourceTensor]:
-    for whole in _WHOLE:
-        index = directory / f"{whole}.index.json"
-        if (directory / whole).exists():
-            return open_weights(directory / whole)
+def _find_tensors(directory: Path, notices: list[str]) -> Iterator[tuple[str, SourceTensor]]:
+    """(stored name, tensor) of all files that transformers would read, those it takes first in front."""
+    distributed = sorted(directory.glob("shard-*-model-*-of-*.safetensors"))
+    if distributed:
+        raise InputError(
+            f"{distributed[0]}: this is a shard of a distributed checkpoint, which transformers reads in place of all "
+            "other weights; save the gathered model"
+        )
+    for whole in WHOLE:
+        path, index = directory / whole, directory / f"{whole}.index.json"
+        for file in (path, index):
+            if file.is_symlink() and not file.exists():
+                raise InputError(
+                    f"{file}: this links to {file.readlink()}, which is not there; get the file itself, a hub's cache "
+                    "cannot be copied without its blobs"
+                )
+        if path.exists():
+            notices += _unread(directory, {whole})
+            yield from open_weights(path).items()
+            return
         if index.exists():
-            return _open_shards(index)
-    shards = sorted([*directory.glob("model-*-of-*.safetensors"), *directory.glob("pytorch_model-*-of-*.bin")])
-    if shards:
-        raise InputError(f"{shards[0]}: a shard without an index; get model.safetensors.index.json (or the .bin's) too")
-    if list(directory.glob("consolidated.*.pth")):
-        raise InputError(f"{directory}: these are Meta's own .pth files; convert them with transformers first")
-    raise InputError(f"{directory}: there are no weights, expected one of {', '.join(_WHOLE)} or their index files")
+            yield from _open_shards(index, notices)
+            return
+    raise InputError(f"{directory}: {diagnosis.no_weights(directory)}")
 
 
-def _open_shards(index: Path) -> dict[str, SourceTensor]:
+def _unread(directory: Path, read: Collection[str]) -> list[str]:
+    """What is said of further weights that lie beside those that are read."""
+    found = {path.name for ending in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(ending)}
+    left = sorted(found - set(read) - {"adapter_model.safetensors"})
+    if not left:
+        return []
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return [f"{directory}: {min(read)} is read and {', '.join(left[:3])}{more} beside it not, as in transformers"]
+
+
+def _open_shards(index: Path, notices: list[str]) -> Iterator[tuple[str, SourceTensor]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: there is no weight_map; get the file again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise InputError(f"{index}: the file of {name} is {file!r:.80}, expected a name in the same directory")
+            raise InputError(
+                f"{index}: the file of {printable(name):.80} is {file!r:.80}, expected a name in the same directory"
+            )
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (index.parent / file).exists()]
     if missing:
         raise InputError(
-            f"{index}: names {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which is not there "
-            f"({len(missing)} of {len(files)} shards are missing); get the missing files"
+            f"{index}: names {printable(', '.join(missing[:3]))}{' ...' if len(missing) > 3 else ''}, which is not "
+            f"there ({len(missing)} of {len(files)} shards are missing); get the missing files"
         )
+    notices += _unread(index.parent, files)
     shards = {file: open_weights(index.parent / file) for file in files}
     for name, file in weight_map.items():
-        if name not in shards[file]:
-            raise InputError(f"{index}: says that {file} holds {name}, which it does not; get both files again")
-    return {name: shards[file][name] for name, file in weight_map.items()}
+        if name not in shards[file] and not name.endswith(_BUFFER):
+            raise InputError(
+                f"{index}: says that {file} holds {printable(name):.80}, which it does not; get both files again"
+            )
+    unnamed = [name for tensors in shards.values() for name in tensors if name not in weight_map]
+    unnamed = [name for name in unnamed if not name.endswith(_BUFFER)]
+    if unnamed:
+        notices.append(f"{index}: does not name {unnamed[0]}, which a shard holds; it is read, as in transformers")
+    for name, file in weight_map.items():
+        if name in shards[file]:
+            yield name, shards[file].pop(name)
+    for tensors in shards.values():
+        yield from tensors.items()

@@ -6,19 +6,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from cnllama import _core
 from cnllama.arguments import add_list_option, add_output_option
-from cnllama.errors import InputError
-from cnllama.files import Output
+from cnllama.errors import InputError, os_errors_explained, printable
+from cnllama.files import Output, check_place
 from cnllama.templates import TEMPLATES
 
-from .pack import Report, convert
+from .pack import Options, convert, prepare
 from .quantize.calibration import DEFAULT_TOKENS, parse_tokens
 from .quantize.registry import AUTO, CALIBRATED, DEVICES, QUANTIZERS, check_quantizer
 from .quantize.rules import DEFAULT_Q4, EMBEDDINGS, parse_rules, quantizations, scheme_of
+from .report import describe
 
 HELP = "merge adapters into a Hugging Face LLaMA, quantize and pack it into one .cnl file"
 _MAX_THREADS = 1024
@@ -28,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of the verb."""
     parser.add_argument("base", metavar="BASE", type=Path, help="directory of a Hugging Face LLaMA")
     add_list_option(parser, "--lora", metavar="DIR", type=Path, help="PEFT LoRA adapters to merge; their order counts")
-    add_output_option(parser, "FILE", "the .cnl to write")
+    add_output_option(parser, "FILE", "the .cnl to write", required=False)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print sizes, memory and time, and write nothing (-o may be left out)",
+    )
     _add_quantization(parser)
     parser.set_defaults(check_options=check)
     parser.add_argument("--template", metavar="NAME", help="prompt template to store (default: by vocabulary size)")
@@ -86,6 +94,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--threads is {args.threads}, expected 0 (automatic) to {_MAX_THREADS}")
     if args.quantizer == "rtn" and (args.calibrate or args.no_check or args.device):
         raise InputError(f"--calibrate, --device and --no-check need --quantizer {' or '.join(CALIBRATED)}")
+    if args.output is None and not args.dry_run:
+        raise InputError("-o FILE is missing: name the .cnl to write")
     if args.template is not None and args.template not in TEMPLATES:
         raise InputError(f"--template {args.template!r:.40} is unknown, expected one of {', '.join(TEMPLATES)}")
     scheme_of(args.quant, "--quant")
@@ -95,55 +105,50 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts and prints the report. Returns the exit code."""
+    """Converts and prints the report, or what a conversion would take. Returns the exit code."""
     check(args)
+    options: dict[str, Any] = {
+        "quant": args.quant,
+        "rules": parse_rules(args.quant_rule),
+        "quantizer": args.quantizer,
+        "calibrate": args.calibrate,
+        "calibrate_tokens": parse_tokens(args.calibrate_tokens),
+        "device": args.device,
+        "check": not args.no_check,
+        "template": args.template,
+        "tokenizer": args.tokenizer,
+        "threads": args.threads,
+        "progress": sys.stderr.isatty(),
+    }
+    return _dry_run(args, Options(**options)) if args.dry_run else _convert(args, options)
+
+
+def _convert(args: argparse.Namespace, options: dict[str, Any]) -> int:
     # Opened first: a report that cannot be written must not be found out after the conversion.
     with Output(args.report) if args.report else nullcontext() as output:
-        report = convert(
-            args.base,
-            args.lora,
-            args.output,
-            quant=args.quant,
-            rules=parse_rules(args.quant_rule),
-            quantizer=args.quantizer,
-            calibrate=args.calibrate,
-            calibrate_tokens=parse_tokens(args.calibrate_tokens),
-            device=args.device,
-            check=not args.no_check,
-            template=args.template,
-            tokenizer=args.tokenizer,
-            threads=args.threads,
-            progress=sys.stderr.isatty(),
-        )
+        report = convert(args.base, args.lora, args.output, **options)
         if output:
             output.write(json.dumps(report.to_dict(), indent=2).encode() + b"\n", 0)
             output.commit()
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    _warn(report.warnings)
     print(describe(report))
     return 0
 
 
-def describe(report: Report) -> str:
-    """The report as lines for people."""
-    return "\n".join(
-        (
-            f"{report.file}: {report.size:,} bytes, {report.parameters:,} weights, vocabulary {report.vocab_size:,}",
-            f"  scheme       {report.scheme}, {report.bits_per_weight:.3f} bits per weight with everything",
-            f"  quantizer    {report.quantizer}{_reason(report)}",
-            f"  error        mean {report.mean_error:.2%}, worst {report.worst_error:.2%} ({report.worst_tensor})",
-            f"  template     {report.template}",
-            f"  fingerprint  {report.fingerprint}, content {report.content_sha256[:16]}",
-            f"  took         {report.seconds:.1f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
-        )
-    )
+def _dry_run(args: argparse.Namespace, options: Options) -> int:
+    from . import dry_run
+
+    if args.report:
+        check_place(args.report)
+    with os_errors_explained(args.base):
+        prepared = prepare(args.base, args.lora, args.output or Path("model.cnl"), options)
+        found = dry_run.forecast(prepared)
+    _warn(found.warnings)
+    for line in dry_run.describe(found):
+        print(line)
+    return 0
 
 
-def _reason(report: Report) -> str:
-    held_out, reason = report.held_out, f": {report.reason}" if report.reason else ""
-    if held_out is None:
-        return reason
-    return (
-        f"{reason}; perplexity of the held-out text {held_out['perplexity']:.4f} by {held_out['quantizer']}, "
-        f"{held_out['rtn_perplexity']:.4f} by rtn"
-    )
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)

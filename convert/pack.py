@@ -8,28 +8,33 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cnllama.config import EMBEDDING, from_hf
+from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.container import read_json
-from cnllama.errors import CnllamaError, InputError, os_errors_explained
-from cnllama.format import TOKENIZER, CnlWriter, stored_bytes
+from cnllama.errors import CnllamaError, InputError, os_errors_explained, printable
+from cnllama.files import check_place
+from cnllama.format import TOKENIZER, CnlWriter, planned_size, stored_bytes
+from cnllama.space import check_space
 from cnllama.templates import TEMPLATES, default_template
 from cnllama.tokenizer import Tokenizer
 from cnllama.verify import Statistics
 
 from . import fingerprint, parity
 from .adapters import Adapter, open_adapter
-from .checkpoint import Checkpoint, FloatArray, open_checkpoint
-from .merge import MergedTensor, check_adapter, check_base, is_tied, merge
+from .checkpoint import Checkpoint, FloatArray
+from .facts import settle
+from .merge import MergedTensor, check_adapter, is_tied, merge
+from .provenance import model_name
 from .quantize.base import CalibrationError, Quantizer, Rtn, Work
 from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
 from .quantize.choice import choose
 from .quantize.registry import AUTO, check_quantizer, open_quantizer
 from .quantize.rules import Rule, quantizations, scheme_of, scheme_table
 from .quantize.trial import Trial, Verdict, judge, unchecked_sentence, verdict_sentence
+from .report import Report, peak_memory
 from .vocab import Vocabulary, check_vocabulary, size_table
 
 QUANTIZATIONS = quantizations()
@@ -48,53 +53,30 @@ class Plan:
     notices: list[str]
 
 
-@dataclass
-class Report:
-    """What a conversion did. Sizes in bytes, times in seconds; errors are sqrt(sum of squared error / of squares)."""
-
-    file: str
-    size: int
-    parameters: int
-    scheme: str
-    bits_per_weight: float
-    template: str
-    vocab_size: int
-    worst_tensor: str
-    worst_error: float
-    mean_error: float
-    fingerprint: str
-    content_sha256: str
-    peak_memory: int
-    seconds: float
-    warnings: list[str] = field(default_factory=list)
-    quantizer: str = "rtn"
-    reason: str = ""  # why "auto" chose it
-    held_out: dict[str, Any] | None = None  # trial.Verdict
-    notes: list[str] = field(default_factory=list)  # what the calibration says of every tensor
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
 def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = None) -> Plan:
-    """Opens and checks base, adapters (in order) and tokenizer. Reads no base weights. Raises InputError."""
-    checkpoint = open_checkpoint(base)
-    config = from_hf(checkpoint.config, str(base / "config.json"))
+    """Opens and checks base, adapters (in order) and tokenizer. Raises InputError.
+
+    Of the base's weights only those are read that two sources state and that must be compared (facts.py).
+    """
+    settled = settle(base, loras)
+    checkpoint, config = settled.checkpoint, settled.config
     adapters = [open_adapter(directory) for directory in loras]
-    check_base(checkpoint, config)
     try:
         for adapter in adapters:
             check_adapter(adapter, checkpoint, config)
     except InputError as error:
-        raise InputError(f"{error}\n{size_table(checkpoint, adapters, tokenizer)}") from None
+        raise InputError(f"{printable(str(error))}\n{size_table(checkpoint, adapters, tokenizer)}") from None
     vocabulary = check_vocabulary(checkpoint, adapters, is_tied(checkpoint), tokenizer)
     for adapter in adapters:
         adapter.check_values()
-    config["vocab_size"] = vocabulary.rows
+    tokens = vocabulary.tokenizer.size
+    config["vocab_size"] = tokens
     tensors, config["tie_word_embeddings"], notices = merge(checkpoint, adapters, config)
-    notices = [w for adapter in adapters for w in adapter.warnings] + vocabulary.warnings + notices
-    return Plan(checkpoint, adapters, config, vocabulary, tensors, notices)
+    if tokens < vocabulary.rows:
+        padded = [name for name in (EMBEDDING, LM_HEAD) if name in tensors]
+        tensors |= {name: replace(tensors[name], rows=tokens) for name in padded}
+    notices = [*settled.notices, *(w for a in adapters for w in a.warnings), *vocabulary.warnings, *notices]
+    return Plan(checkpoint, adapters, config, vocabulary, tensors, list(dict.fromkeys(map(printable, notices))))
 
 
 def merged_tensors(plan: Plan) -> Iterator[tuple[str, FloatArray]]:
@@ -129,28 +111,24 @@ def convert(
     predicts the text's last tenth worse than rtn's. threads 0: the default of this machine. progress: bars on stderr.
     Raises InputError for wrong input and CnllamaError for a full disk.
     """
-    if template is not None and template not in TEMPLATES:
-        raise InputError(f"--template {template!r} is unknown, expected one of {', '.join(TEMPLATES)}")
-    check_quantizer(quantizer, device or "cpu")
-    scheme = scheme_of(quant, "--quant")
     started = time.monotonic()
+    options = Options(
+        quant, rules, quantizer, calibrate, calibrate_tokens, device, check, template, tokenizer, threads, progress
+    )
     with os_errors_explained(base):
-        plan = make_plan(base, loras, tokenizer)
-        table = scheme_table(plan.tensors, scheme, rules)
-        metadata = _metadata(plan, template) | {"quantization": _quantization(scheme, table, rules)}
-        job = _Job(plan, table, metadata, threads, progress)
-        options = _Settings(quantizer, device, calibrate, calibrate_tokens, check)
-        written, verdict, reason = _write(job, output, options)
-    errors = {name: record["error"] for name, record in written.records.items() if table[name][0] != "f32"}
+        prepared = prepare(base, loras, output, options)
+        written, verdict, reason = _write(prepared)
+    job = prepared.job
+    errors = {name: record["error"] for name, record in written.records.items() if job.table[name][0] != "f32"}
     worst, worst_error = max(errors.items(), key=lambda item: item[1])
     return Report(
         file=str(output),
         size=written.size,
-        parameters=_parameters(table),
-        scheme=scheme,
-        bits_per_weight=_bits_per_weight(table),
-        template=metadata["template"],
-        vocab_size=plan.config["vocab_size"],
+        parameters=job.parameters,
+        scheme=job.metadata["quantization"]["scheme"],
+        bits_per_weight=_bits_per_weight(job.table),
+        template=job.metadata["template"],
+        vocab_size=job.plan.config["vocab_size"],
         worst_tensor=worst,
         worst_error=worst_error,
         mean_error=sum(errors.values()) / len(errors),
@@ -158,12 +136,95 @@ def convert(
         content_sha256=written.content,
         peak_memory=peak_memory(),
         seconds=time.monotonic() - started,
-        warnings=plan.notices,
+        warnings=job.plan.notices,
         quantizer=written.quantizer,
         reason=reason,
         held_out=verdict.to_dict() if verdict else None,
         notes=written.notes,
     )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `convert`, which explains them."""
+
+    quant: str = "q4"
+    rules: Sequence[Rule] = ()
+    quantizer: str = "rtn"
+    calibrate: Path | None = None
+    calibrate_tokens: tuple[int, int] = DEFAULT_TOKENS
+    device: str | None = None
+    check: bool = True
+    template: str | None = None
+    tokenizer: Path | None = None
+    threads: int = 0
+    progress: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that only the weights' values, or a machine that fails, can still stop.
+
+    calibration: None to round. reason: why "auto" chose so. insisted: an error of the calibration ends it.
+    check: write the rounded file too and keep the better one.
+    """
+
+    job: _Job
+    output: Path
+    quantizer: str = "rtn"
+    device: str = "cpu"
+    calibration: Calibration | None = None
+    reason: str = ""
+    insisted: bool = True
+    check: bool = False
+
+    def sizes(self) -> list[int]:
+        """Bytes of every file that will lie on the disk at once, the wanted one first."""
+        calibrated = self.job.size(self.more())
+        return [calibrated, self.job.size({})] if self.check else [calibrated]
+
+    def more(self) -> dict[str, Any]:
+        """Of the `quantization` metadata, where it is calibrated."""
+        if self.calibration is None:
+            return {}
+        return {"quantizer": self.quantizer, "calibration": self.calibration.record()}
+
+
+def prepare(base: Path, loras: Sequence[Path], output: Path, options: Options) -> Prepared:
+    """Everything that a conversion does before it writes: all checks, and the choice of a quantizer. Writes nothing.
+
+    Raises InputError for wrong input and CnllamaError where the disk has no room for the files.
+    """
+    template = options.template
+    if template is not None and template not in TEMPLATES:
+        raise InputError(f"--template {template!r} is unknown, expected one of {', '.join(TEMPLATES)}")
+    check_quantizer(options.quantizer, options.device or "cpu")
+    scheme = scheme_of(options.quant, "--quant")
+    check_place(output)
+    plan = make_plan(base, loras, options.tokenizer)
+    table = scheme_table(plan.tensors, scheme, options.rules)
+    metadata = _metadata(plan, template) | {"quantization": _quantization(scheme, table, options.rules)}
+    job = _Job(plan, table, metadata, options.threads, options.progress)
+    prepared = _choose(Prepared(job, output, insisted=options.quantizer != AUTO), options)
+    check_space(output, sum(prepared.sizes()))
+    return prepared
+
+
+def _choose(rounded: Prepared, options: Options) -> Prepared:
+    """With the calibration that the options ask for, or that "auto" finds worth its time."""
+    job, (samples, length) = rounded.job, options.calibrate_tokens
+    if options.quantizer == "rtn":
+        return rounded
+    if not rounded.insisted:
+        length = min(length, job.plan.config["max_position_embeddings"])
+    calibration = _calibration(job.plan, options.calibrate, (samples, length))
+    name, device, reason = options.quantizer, options.device or "cpu", ""
+    if not rounded.insisted:
+        choice = choose(job.parameters, calibration.samples.size, options.device)
+        name, device, reason = choice.quantizer, choice.device, choice.reason
+        if name == "rtn":
+            return replace(rounded, reason=reason)
+    return replace(rounded, quantizer=name, device=device, calibration=calibration, reason=reason, check=options.check)
 
 
 @dataclass(frozen=True)
@@ -185,14 +246,29 @@ class _Job:
     threads: int
     progress: bool
 
+    @property
+    def parameters(self) -> int:
+        """Weights of all tensors."""
+        return sum(rows * cols for _, rows, cols in self.table.values())
+
+    @property
+    def _files(self) -> dict[str, tuple[str, int, int]]:
+        """The table of the file: the tensors and the tokenizer."""
+        return self.table | {TOKENIZER: ("raw", len(self.plan.vocabulary.tokenizer.model), 1)}
+
+    def _with(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        return self.metadata | {"quantization": self.metadata["quantization"] | dict(more)}
+
+    def size(self, more: Mapping[str, Any]) -> int:
+        """Bytes of the file that write() makes of the same `more`."""
+        return planned_size(self._with(more), self._files)
+
     def write(self, path: Path, quantizer: Quantizer, more: Mapping[str, Any] | None = None) -> _Written:
         """The whole file. more: of the `quantization` metadata."""
-        model = self.plan.vocabulary.tokenizer.model
-        metadata = self.metadata | {"quantization": self.metadata["quantization"] | (more or {})}
         notes: list[str] = []
-        with CnlWriter(path, metadata, self.table | {TOKENIZER: ("raw", len(model), 1)}) as writer:
+        with CnlWriter(path, self._with(more or {}), self._files) as writer:
             records = self._pack(writer, quantizer, notes)
-            writer.write_padded(TOKENIZER, model)
+            writer.write_padded(TOKENIZER, self.plan.vocabulary.tokenizer.model)
             content = writer.finish({"fingerprint": {"tensors": records}})
         return _Written(quantizer.name, writer.size, content, records, notes)
 
@@ -227,40 +303,18 @@ class _Job:
         }
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The options of `convert` that say how the values are chosen."""
-
-    quantizer: str
-    device: str | None
-    calibrate: Path | None
-    calibrate_tokens: tuple[int, int]
-    check: bool
-
-
-def _write(job: _Job, output: Path, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
+def _write(prepared: Prepared) -> tuple[_Written, Verdict | None, str]:
     """Writes the file; the reason is what "auto" says of its choice."""
-    if settings.quantizer == AUTO:
-        return _write_auto(job, output, settings)
-    if settings.quantizer == "rtn":
-        return job.write(output, Rtn()), None, ""
-    calibration = _calibration(job.plan, settings.calibrate, settings.calibrate_tokens)
-    quantizer = open_quantizer(settings.quantizer, calibration, settings.device or "cpu")
-    return *_calibrated(job, output, quantizer, calibration, settings.check), ""
-
-
-def _write_auto(job: _Job, output: Path, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
-    """What nobody insisted on is not worth an error: where it cannot be done the file is rounded."""
-    length = min(settings.calibrate_tokens[1], job.plan.config["max_position_embeddings"])
+    job, output, calibration = prepared.job, prepared.output, prepared.calibration
+    if calibration is None:
+        return job.write(output, Rtn()), None, prepared.reason
     try:
-        calibration = _calibration(job.plan, settings.calibrate, (settings.calibrate_tokens[0], length))
-        choice = choose(_parameters(job.table), calibration.samples.size, settings.device)
-        if choice.quantizer == "rtn":
-            return job.write(output, Rtn()), None, choice.reason
-        quantizer = open_quantizer(choice.quantizer, calibration, choice.device)
-        return *_calibrated(job, output, quantizer, calibration, settings.check), choice.reason
+        quantizer = open_quantizer(prepared.quantizer, calibration, prepared.device)
+        return *_calibrated(prepared, quantizer, calibration), prepared.reason
     except CalibrationError as problem:
-        return job.write(output, Rtn()), None, f"because {problem}"
+        if prepared.insisted:
+            raise
+        return job.write(output, Rtn()), None, f"because {problem}"  # what nobody insisted on is not worth an error
 
 
 def _calibration(plan: Plan, path: Path | None, tokens: tuple[int, int]) -> Calibration:
@@ -270,12 +324,10 @@ def _calibration(plan: Plan, path: Path | None, tokens: tuple[int, int]) -> Cali
     return calibration
 
 
-def _calibrated(
-    job: _Job, output: Path, quantizer: Quantizer, calibration: Calibration, check: bool
-) -> tuple[_Written, Verdict | None]:
+def _calibrated(prepared: Prepared, quantizer: Quantizer, calibration: Calibration) -> tuple[_Written, Verdict | None]:
     """Writes the calibrated file, and with `check` rtn's beside it for as long as it takes to compare the two."""
-    more = {"quantizer": quantizer.name, "calibration": calibration.record()}
-    if not check:
+    job, output, more = prepared.job, prepared.output, prepared.more()
+    if not prepared.check:
         return job.write(output, quantizer, more), None
     with Trial(output, quantizer.name, sum(stored_bytes(*row) for row in job.table.values())) as trial:
         calibrated = job.write(trial.calibrated, quantizer, more)
@@ -294,12 +346,8 @@ def _calibrated(
         return plain, verdict
 
 
-def _parameters(table: Mapping[str, tuple[str, int, int]]) -> int:
-    return sum(rows * cols for _, rows, cols in table.values())
-
-
 def _bits_per_weight(table: Mapping[str, tuple[str, int, int]]) -> float:
-    return sum(stored_bytes(*row) for row in table.values()) * 8 / _parameters(table)
+    return sum(stored_bytes(*row) for row in table.values()) * 8 / sum(rows * cols for _, rows, cols in table.values())
 
 
 def _quantization(scheme: str, table: Mapping[str, tuple[str, int, int]], rules: Sequence[Rule]) -> dict[str, Any]:
@@ -352,23 +400,8 @@ def _is_id(value: object, rows: int) -> bool:
 
 def _source(plan: Plan) -> dict[str, Any]:
     return {
-        "base": plan.checkpoint.directory.resolve().name,
-        "adapters": [adapter.directory.resolve().name for adapter in plan.adapters],
-        "tokenizer": plan.vocabulary.tokenizer.file.resolve().parent.name,
+        "base": model_name(plan.checkpoint.directory),
+        "adapters": [model_name(adapter.directory) for adapter in plan.adapters],
+        "tokenizer": model_name(plan.vocabulary.tokenizer.file.parent),
         "cnllama": importlib.metadata.version("cnllama"),
     }
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's number starts with the parent's size at the fork
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -13,6 +13,7 @@ from typing import Any
 from cnllama.container import is_count, read_json
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
+from cnllama.signatures import HEAD, what_it_is
 
 MODEL, ADDED, CONFIG, SPECIAL = (
     "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -32,6 +33,9 @@ def load_sentencepiece(model: bytes, where: str) -> Any:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # the library raises RuntimeError, and others for bytes that are no message at all
+        contents = what_it_is(model[:HEAD])
+        if contents is not None:
+            raise InputError(f"{where}: this is no SentencePiece model but {contents.what}; {contents.mend}") from None
         raise InputError(
             f"{where}: this is no SentencePiece model ({' '.join(str(error).split()):.80}); get the file again"
         ) from None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -10,18 +11,22 @@ from pathlib import Path
 from typing import NoReturn
 
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 
 from .adapters import Adapter
 from .checkpoint import Checkpoint
 from .tokenizers import TokenizerFiles, first_difference, read_tokenizer
 
 _MAX_REORDERED = 5
+_SMALLEST_PADDING, _LARGEST_PADDING = 8, 512
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the checks decided: the tokenizer that goes into the file, the rows, and what the user should know."""
+    """What the checks decided: the tokenizer that goes into the file, the rows, and what the user should know.
+
+    rows: of the matrices after all adapters, padding included; `tokenizer.size` of them have a token.
+    """
 
     tokenizer: TokenizerFiles
     rows: int
@@ -49,16 +54,15 @@ def check_vocabulary(
     except _MismatchError as error:
         better = _better_order(checkpoint, adapters, tied, override)
         hint = f"; the right order is {' '.join(f'--lora {a.directory}' for a in better)}" if better else ""
-        raise InputError(f"{error}{hint}\n{table}") from None
+        raise InputError(f"{printable(f'{error}{hint}')}\n{table}") from None
     warnings = [
         f"{tokenizer.file.parent}: the special token {text!r} has no id and the model no row for it: ignored"
         for text in left_out
     ]
-    claimed, base = checkpoint.config.get("vocab_size"), checkpoint.tensors[EMBEDDING].shape[0]
-    if claimed is not None and claimed != base:
+    if tokenizer.size < rows:
         warnings.append(
-            f"{checkpoint.directory / 'config.json'}: says vocab_size {claimed} but embed_tokens has {base} rows; "
-            "the rows count"
+            f"{checkpoint.directory}: the model has {rows} rows and {tokenizer.file.parent} {tokenizer.size} tokens; "
+            f"the last {rows - tokenizer.size} rows are padding to a multiple of {padding(rows)} and left out"
         )
     return Vocabulary(tokenizer, rows, table, warnings)
 
@@ -142,12 +146,21 @@ def _fit(tokenizer: TokenizerFiles, rows: int, checkpoint: Checkpoint) -> tuple[
             f"{tokenizer.file}: the tokenizer has {placed.size} tokens{added} but the model has {rows} rows: the new "
             "rows are missing; give the adapter that carries them with --lora, or the model's own tokenizer"
         )
-    if placed.size < rows:
+    if placed.size < rows and rows - placed.size >= padding(rows):
         raise _MismatchError(
             f"{tokenizer.file}: the tokenizer has {placed.size} tokens{added} but the model has {rows} rows: it is the "
             "tokenizer of another model; give the right one with --tokenizer DIR"
         )
     return placed, left_out
+
+
+def padding(rows: int) -> int:
+    """The largest multiple that this number of rows can have been padded to, 1 for none: fewer rows are its padding.
+
+    Resizing (pad_to_multiple_of) and training programs pad to powers of two, from 8 on for the tensor cores.
+    """
+    multiple = math.gcd(rows, _LARGEST_PADDING)
+    return multiple if multiple >= _SMALLEST_PADDING else 1
 
 
 def _refuse_without_model(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> NoReturn:
@@ -199,7 +212,7 @@ def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Pa
     last = ""
     for directory, what, size in sizes:
         if directory != last:
-            lines.append(f"  {directory}")
+            lines.append(f"  {printable(directory)}")
             last = directory
         lines.append(f"    {what:<{width}}  {size}")
     return "\n".join(lines)

@@ -72,6 +72,21 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes)
 
 
 @pytest.fixture(scope="session")
+def small_tokenizer() -> bytes:
+    """A SentencePiece model of at most 290 pieces: for tests that write hundreds of checkpoints."""
+    return models.train_tokenizer(["the cat and the dog sat on the mat"] * 8, 290)
+
+
+@pytest.fixture
+def small_base(tmp_path: Path, small_tokenizer: bytes) -> Path:
+    """A float32 checkpoint of hidden 32 and 2 layers, free to be changed."""
+    from hf_reference import small, write
+
+    config = small(models.piece_count(small_tokenizer))
+    return write(tmp_path / "base", small_tokenizer, config, models.random_tensors(config))
+
+
+@pytest.fixture(scope="session")
 def tiny_cnl(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """`tiny_llama` converted with the defaults. Read-only: tests that change it copy it."""
     return models.convert(tiny_llama, tmp_path_factory.mktemp("tiny_cnl") / "tiny.cnl")

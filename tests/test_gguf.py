@@ -312,7 +312,7 @@ def test_command_refuses_in_one_sentence(make: Maker, tmp_path: Path) -> None:
     for arguments, words in (
         ([cnl, "-o", cnl], "this is the file to export; choose another name"),
         ([tmp_path / "none.cnl", "-o", out], "no such file"),
-        ([tmp_path / "text", "-o", out], "no safetensors header"),
+        ([tmp_path / "text", "-o", out], "this is a text (this is no model), expected a safetensors file"),
         ([cnl, "-o", tmp_path], "this is a directory"),
         ([cnl, "-o", tmp_path / "none" / "x.gguf"], "no such file or directory"),
         ([cnl, "-o", out, "--type", "q5_0"], "invalid choice"),

@@ -281,15 +281,15 @@ def fold(model: Any, base: Path, adapters: list[Path]) -> None:
     from cnllama.convert.pack import make_plan
 
     plan = make_plan(base, adapters)
-    if plan.config["vocab_size"] != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(plan.config["vocab_size"], mean_resizing=False)
+    if plan.vocabulary.rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(plan.vocabulary.rows, mean_resizing=False)
     changed = {name for adapter in plan.adapters for name in (*adapter.pairs, *adapter.saved)}
     if not plan.config["tie_word_embeddings"]:
         changed |= {EMBEDDING, LM_HEAD}
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name in changed & set(plan.tensors):
-            parameters[name].copy_(torch.from_numpy(plan.tensors[name].read()))
+            parameters[name].copy_(torch.from_numpy(plan.tensors[name].padded().read()))
             plan.tensors[name].release()
 
 

@@ -32,7 +32,6 @@ from cnllama.adapt.settings import Settings
 from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
 from cnllama.adapt.train import FILES, RESULT, RUN, WHOLE, Job, train
 from cnllama.adapt.trainer import Collator
-from cnllama.config import from_hf
 from cnllama.container import read_json
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
@@ -134,9 +133,8 @@ def _open_model(stage: Stage) -> tuple[Any, Vocabulary]:
     from transformers import LlamaConfig
 
     plan = make_plan(stage.model, stage.adapters)
-    from_hf(read_json(stage.model / "config.json"), str(stage.model / "config.json"))
     config = LlamaConfig.from_pretrained(stage.model)
-    config.vocab_size = plan.config["vocab_size"]
+    config.vocab_size = plan.vocabulary.rows
     config.tie_word_embeddings = plan.config["tie_word_embeddings"]
     config.use_cache = False
     return config, open_vocabulary(plan.vocabulary.tokenizer.file.parent, config.vocab_size)

@@ -118,8 +118,8 @@ def _load(stage: Stage, config: Any, dtype: torch.dtype) -> Any:
 
 
 def read_rows(model: Path) -> int:
-    """Rows of embed_tokens in a checkpoint: config.json may be out of date."""
-    return int(make_plan(model).config["vocab_size"])
+    """Rows of embed_tokens in a checkpoint, padding included: config.json may be out of date."""
+    return int(make_plan(model).vocabulary.rows)
 
 
 def _arguments(job: Job, resume: bool) -> Any:

@@ -21,8 +21,8 @@ from .walk import Calibrated, Walk, gram_of, output_error, rounded_to_nearest, s
 
 DAMPING = 0.01  # of the mean of H's diagonal: percdamp of the paper's code
 _RETRIES = 8
-_BLOCK = 128  # columns whose updates of the later ones are done at once
-_CHUNK_VALUES = 1 << 25  # rows are independent: so much of a matrix is worked on at a time
+BLOCK = 128  # columns whose updates of the later ones are done at once
+CHUNK_VALUES = 1 << 25  # rows are independent: so much of a matrix is worked on at a time
 _JUDGED_ROWS = 128
 _ROUNDER = 1.5 * 2**23  # added to a small float32 and taken off again: its nearest integer, ties to even
 
@@ -93,7 +93,7 @@ def inverse_factor(h: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
 def _invert_upper(r: torch.Tensor) -> None:
     """The inverse of an upper triangular matrix in its place, by halves: [[A, B], [0, C]] has -A^-1 B C^-1 for B."""
     half = len(r) // 2
-    if len(r) <= _BLOCK:
+    if len(r) <= BLOCK:
         r.copy_(torch.linalg.solve_triangular(r, torch.eye(len(r), device=r.device), upper=True))
         return
     a, b, c = r[:half, :half], r[:half, half:], r[half:, half:]
@@ -116,8 +116,8 @@ def solve(
     scales = torch.zeros(rows, -(-cols // grid.group))
     mins = torch.zeros_like(scales)
     cost = upper.diagonal().square().reciprocal()
-    for begin in range(0, cols, _BLOCK):
-        end = min(begin + _BLOCK, cols)
+    for begin in range(0, cols, BLOCK):
+        end = min(begin + BLOCK, cols)
         block = weight[:, begin:end].t().contiguous()  # a column's values side by side
         errors, integers = torch.empty_like(block), torch.empty_like(block)
         for i in range(end - begin):
@@ -200,7 +200,7 @@ def _matrix(
     work, statistics = walk.work, Statistics()
     tensor, grid = work.tensors[name], Grid.of(work.table[name][0])
     rounded_error = error = total = 0.0
-    for values in chunks(tensor, statistics, _CHUNK_VALUES):
+    for values in chunks(tensor, statistics, CHUNK_VALUES):
         original = torch.from_numpy(values).to(walk.device)
         weight = original.clone()
         try:

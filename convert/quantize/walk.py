@@ -22,7 +22,7 @@ from .base import Piece, Work, chunks, quantize, rounded
 from .llama import Attention, Linear, rms_norm
 from .threads import torch_threads
 
-_BATCH_TOKENS = 2048
+BATCH_TOKENS = 2048
 _STRIP = 1024  # columns of a Gram matrix computed at a time
 
 
@@ -50,7 +50,7 @@ class Walk:
             begin = end
             yield Piece(EMBEDDING, data, statistics, values.size, error)
         tensor.release()
-        batch = max(1, _BATCH_TOKENS // self._samples.shape[1])
+        batch = max(1, BATCH_TOKENS // self._samples.shape[1])
         self.hidden = [part.clone().to(self.device) for part in states.split(batch)]
 
     def layers(self) -> list[str]:
