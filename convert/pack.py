@@ -21,9 +21,10 @@ from cnllama.tokenizer import Tokenizer
 from cnllama.verify import Statistics
 
 from . import fingerprint, parity
+from .adapter_facts import check_adapters
 from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray, open_checkpoint
-from .merge import MergedTensor, check_adapter, check_base, is_tied, merge
+from .merge import MergedTensor, check_base, is_tied, merge
 from .quantize.base import CalibrationError, Quantizer, Rtn, Work
 from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
 from .quantize.choice import choose
@@ -84,8 +85,7 @@ def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = N
     adapters = [open_adapter(directory) for directory in loras]
     check_base(checkpoint, config)
     try:
-        for adapter in adapters:
-            check_adapter(adapter, checkpoint, config)
+        check_adapters(adapters, checkpoint, config)
     except InputError as error:
         raise InputError(f"{error}\n{size_table(checkpoint, adapters, tokenizer)}") from None
     vocabulary = check_vocabulary(checkpoint, adapters, is_tied(checkpoint), tokenizer)

@@ -16,6 +16,7 @@ from cnllama.errors import InputError
 MAX_LENGTH = 4000  # characters of one pattern
 _MAX_STATES = 8000
 _MAX_REMEMBERED = 1 << 20
+_LITERAL_COST = 5  # of a comparison by Python's own matcher, in states
 _LITERAL = re.compile(r"[\w.\-]*", re.ASCII)
 # The characters of LLaMA's module names: all that a pattern is ever compared with.
 _ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.")
@@ -51,9 +52,15 @@ class _UnsupportedError(Exception):
 
 @dataclass
 class Budget:
-    """How many states all patterns of one file may pass through: 20 million take some seconds."""
+    """How many states all patterns of one file may pass through: so many take some seconds."""
 
-    left: int = 20_000_000
+    left: int = 30_000_000
+
+    def spend(self, states: int) -> None:
+        """Raises _UnsupportedError when nothing is left."""
+        self.left -= states
+        if self.left < 0:
+            raise _UnsupportedError("takes too long to compare")
 
 
 class Pattern:
@@ -69,6 +76,7 @@ class Pattern:
         self._problem = problem = f"{where}: the pattern {shown!r:.60}"
         if len(shown) > MAX_LENGTH:
             raise InputError(f"{problem} has {len(shown):,} characters, expected at most {MAX_LENGTH:,}")
+        self._budget = budget
         self._literal: re.Pattern[str] | None = None
         self._automaton: _Automaton | None = None
         try:
@@ -95,10 +103,11 @@ class Pattern:
         return self._accepts(name, whole=True)
 
     def _accepts(self, name: str, whole: bool) -> bool:
-        if self._literal is not None:
-            return (self._literal.fullmatch(name) if whole else self._literal.match(name)) is not None
-        assert self._automaton is not None
         try:
+            if self._literal is not None:
+                self._budget.spend(_LITERAL_COST)
+                return (self._literal.fullmatch(name) if whole else self._literal.match(name)) is not None
+            assert self._automaton is not None
             return self._automaton.accepts(name, whole)
         except _UnsupportedError as unsupported:
             raise InputError(f"{self._problem} {unsupported}; list the names of the modules") from None
@@ -153,9 +162,7 @@ class _Automaton:
                 if holds[condition] and following not in seen:
                     seen.add(following)
                     todo.append(following)
-        self._budget.left -= len(seen)
-        if self._budget.left < 0:
-            raise _UnsupportedError("takes too long to compare")
+        self._budget.spend(len(seen))
         arcs = (self._consume[state] for state in seen)
         return 0 in seen, frozenset(arc[1] for arc in arcs if arc is not None and after in arc[0])
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import re
@@ -106,12 +107,9 @@ def test_no_expression_takes_long(text: str) -> None:
     """Each of a 32-layer model's names against it: the answer, or one sentence."""
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i, p in itertools.product(range(32), "qkvo")]
     started = time.process_time()
-    try:
+    with contextlib.suppress(InputError):
         found = pattern(text)
         assert not any(found.match(name + ".") and found.fullmatch(name + "?") for name in names)
-    except InputError as error:
-        assert "\n" not in str(error)
-        assert "list the names of the modules" in str(error)
     assert time.process_time() - started < 10
 
 
@@ -141,6 +139,5 @@ def test_what_is_refused(text: str, expected: str) -> None:
 def test_the_budget_is_of_all_patterns_together() -> None:
     budget = Budget(2000)
     found = [Pattern(f"(.*a|.*b)*{i}", str(i) + "*", "here", budget) for i in range(50)]
-    with pytest.raises(InputError, match="takes too long to compare"):
-        for one in found:
-            one.match("model.layers.0.self_attn.q_proj")
+    with pytest.raises(InputError, match="takes too long to compare; list the names of the modules"):
+        [one.match("model.layers.0.self_attn.q_proj") for one in found]

@@ -17,7 +17,7 @@ import numpy as np
 
 from cnllama.adapt.output import write_json
 from cnllama.container import Output
-from cnllama.convert.merge import MergedTensor
+from cnllama.convert.merge import MergedTensor, bias_settings
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError, from_os_error
 
@@ -52,6 +52,12 @@ def merge_checkpoint(base: Path, adapters: Sequence[Path], out: Path, dtype: str
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is there already, expected a new or empty directory")
     plan = make_plan(base, adapters)
+    biased = {key: True for key, there in bias_settings(plan.tensors).items() if there}
+    if biased and plan.checkpoint.config.get("model_type") == "mistral":
+        raise InputError(
+            f"{adapters[-1]}: gives layers biases, for which transformers' Mistral has no place; convert base and "
+            "adapters directly with cnllama convert"
+        )
     for notice in plan.notices:
         print(f"warning: {notice}", file=sys.stderr)
     try:
@@ -77,6 +83,7 @@ def merge_checkpoint(base: Path, adapters: Sequence[Path], out: Path, dtype: str
             shutil.copyfile(source, out / name)
     config = {**plan.checkpoint.config, "vocab_size": plan.config["vocab_size"]}
     config["tie_word_embeddings"] = plan.config["tie_word_embeddings"]
+    config |= biased
     config["torch_dtype"] = dtype
     config.pop("dtype", None)
     write_json(out / "config.json", config)

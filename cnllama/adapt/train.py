@@ -34,6 +34,7 @@ from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
 from cnllama.adapt.trainer import AdaptTrainer, Collator, Ordered
 from cnllama.config import from_hf
 from cnllama.container import read_json
+from cnllama.convert.merge import bias_settings
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
 
@@ -119,6 +120,7 @@ def _open_model(stage: Stage) -> tuple[Any, Vocabulary]:
     config = LlamaConfig.from_pretrained(stage.model)
     config.vocab_size = plan.config["vocab_size"]
     config.tie_word_embeddings = plan.config["tie_word_embeddings"]
+    config.update(bias_settings(plan.tensors))
     config.use_cache = False
     return config, open_vocabulary(plan.vocabulary.tokenizer.file.parent, config.vocab_size)
 
