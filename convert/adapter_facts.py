@@ -29,9 +29,11 @@ from cnllama.config import EMBEDDING, LM_HEAD, Expected, expected_tensors
 
 from .adapter_targets import EMBEDDING_MODULES, modules_of
 from .adapters import Adapter
-from .checkpoint import Checkpoint, SourceTensor
+from .checkpoint import Checkpoint, FloatArray, SourceTensor
 from .tying import COPY_PLACES, OWN_PLACES, Twins, lacking_lora, stray, tokens_by_module
 
+# What stands in front of every name of a model that was wrapped when it was saved.
+_WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile", "_fsdp_wrapped_module.": "FSDP"}
 BIASED = (".self_attn.", ".mlp.")  # transformers has a setting for the biases of each: all or none
 _LISTED = 5
 # What stands in a name where an adapter was trained on top of another that had not been merged.
@@ -94,6 +96,12 @@ def _check_places(adapter: Adapter, expected: Mapping[str, Expected], config: Ma
         adapter.refuse(
             f"{some(lost)} named as in an adapter on top of one that was not merged",
             "merge the first into the base (merge_and_unload) and train or save the second on that",
+        )
+    wrapper = next((prefix for prefix in _WRAPPERS if all(prefix in name for name in lost)), None)
+    if wrapper is not None:
+        adapter.refuse(
+            f"{some(lost)} named with the prefix {wrapper!r} of {_WRAPPERS[wrapper]}, which PEFT does not know",
+            "unwrap the model before saving the adapter (accelerator.unwrap_model)",
         )
     adapter.refuse(
         f"{some(lost)} in the adapter and in no LLaMA of {config['num_hidden_layers']} layers",
@@ -194,13 +202,18 @@ def some(names: Sequence[str]) -> str:
 
 
 def refuse_different(adapter: Adapter, twins: Twins) -> None:
-    """Reads both; raises InputError where two tensors that stand for the same values hold others."""
-    one, other = twins.one.read(), twins.other.read()
-    if twins.transposed:
-        other = other.T
-    if one.shape != other.shape or (one != other).any():
+    """Reads both, some rows at a time; raises InputError where two tensors for the same values hold others."""
+    shape = twins.other.shape[::-1] if twins.transposed else twins.other.shape
+    rows, step = twins.one.shape[0], 1024
+    if twins.one.shape != shape or any(
+        (twins.one.read(row, row + step) != _rows_of(twins, row, row + step)).any() for row in range(0, rows, step)
+    ):
         adapter.refuse(
             f"{twins.one.name} and {twins.other.name} stand for the same values and differ, expected them to be equal"
         )
     twins.one.release()
     twins.other.release()
+
+
+def _rows_of(twins: Twins, begin: int, end: int) -> FloatArray:
+    return twins.other.read()[:, begin:end].T if twins.transposed else twins.other.read(begin, end)

@@ -79,6 +79,9 @@ def on_embeddings(adapter: Adapter, tied: bool) -> Embeddings:
     what the adapter was trained with. Raises InputError for what PEFT refuses, starts at random or passes over.
     """
     found = Embeddings(Matrix(EMBEDDING), Matrix(LM_HEAD), tied)
+    settings = adapter.settings
+    if settings.ensure_tying and not tied and (settings.targets.ties_saved or settings.targets.ties_lora):
+        found.warnings.append(f"{settings.where}: ensure_weight_tying ignored, as PEFT does: lm_head is not tied here")
     together = _wrap(adapter, found)
     for module, matrix in ((EMBED_MODULE, found.embed), (HEAD_MODULE, found.head)):
         _read_whole(adapter, module, matrix, found)

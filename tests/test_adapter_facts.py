@@ -108,6 +108,8 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], Any, str]] = [
     ({}, {}, beside("score.weight", torch.ones(2, 32)), "in the adapter and in no LLaMA of 2 layers"),
     ({}, {}, beside("model.layers.7.mlp.up_proj.lora_A.weight", torch.ones(4, 32)), "only one of lora_A and lora_B"),
     ({}, {}, moved("layers.1.", "layers.9."), "in the adapter and in no LLaMA of 2 layers"),
+    ({}, {}, moved("base_model.", "module.base_model."), "the prefix 'module.' of DistributedDataParallel"),
+    ({}, {}, moved("model.model.", "model._orig_mod.model."), "the prefix '_orig_mod.' of torch.compile"),
     ({}, {}, moved("q_proj.lora_", "q_proj.base_layer.lora_"), "merge the first into the base"),
     ({}, {}, moved(".up_proj.", ".down_proj."), "whose model.layers.0.mlp.gate_proj.weight has that shape"),
     ({}, {}, lambda t: {n: v[:-1] if "up_proj.lora_B" in n else v for n, v in t.items()}, "is for shape [47, 32]"),
