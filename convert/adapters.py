@@ -104,10 +104,7 @@ def open_adapter(directory: Path) -> Adapter:
     Raises InputError for a missing or empty file and, by name, for every PEFT feature that is not merged here.
     """
     _check_directory(directory)
-    try:
-        settings = read_settings(read_json(directory / _CONFIG), directory / _CONFIG)
-    except RecursionError:  # of showing what was found
-        raise InputError(f"{directory / _CONFIG}: is nested too deeply to be a configuration; get it again") from None
+    settings = read_settings(read_json(directory / _CONFIG), directory / _CONFIG)
     file = next((directory / name for name in _FILES if (directory / name).exists()), None)
     if file is None:
         raise InputError(
