@@ -16,6 +16,7 @@ from cnllama.container import read_json
 from cnllama.errors import InputError
 
 from .adapter_config import Settings, read_settings
+from .adapter_targets import EMBED_MODULE, HEAD_MODULE
 from .checkpoint import SourceTensor, canonical_name, open_weights
 from .updates import Pair
 
@@ -221,12 +222,14 @@ def _make_pair(adapter: Adapter, module: str, entry: _Parts) -> Pair:
         adapter.refuse(f"{module} has only one of lora_A and lora_B", "get the file again")
     a, b = parts["A"], parts["B"]
     rank = settings.rank_of(module)
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
-        adapter.refuse(
-            f"{module} has LoRA matrices A {list(a.shape)} and B {list(b.shape)} but {_CONFIG} says rank {rank}; the "
-            "two files are not of one adapter",
-            "get both again",
-        )
+    # Where it is tied to that of embed_tokens, lm_head's LoRA has the rank of that and the scale of its own.
+    tied = module == HEAD_MODULE and settings.ensure_tying
+    if (
+        len(a.shape) != 2
+        or b.shape[1:] != a.shape[:1]
+        or a.shape[0] not in (rank, settings.rank_of(EMBED_MODULE) * tied)
+    ):
+        refuse_rank(adapter, module, a, b)
     for part, key, wanted, name in (
         ("magnitude", "use_dora", settings.dora, "lora_magnitude_vector"),
         ("B.bias", "lora_bias", settings.lora_bias, "lora_B.bias"),
@@ -246,6 +249,15 @@ def _make_pair(adapter: Adapter, module: str, entry: _Parts) -> Pair:
         if part in parts and parts[part].shape != (size,):
             adapter.refuse(f"{parts[part].name} has shape {list(parts[part].shape)}, expected [{size}]", "get it again")
     return pair
+
+
+def refuse_rank(adapter: Adapter, module: str, a: SourceTensor, b: SourceTensor) -> NoReturn:
+    """Refuses matrices of another rank than the config's."""
+    adapter.refuse(
+        f"{module} has LoRA matrices A {list(a.shape)} and B {list(b.shape)} but {_CONFIG} says rank "
+        f"{adapter.settings.rank_of(module)}; the two files are not of one adapter",
+        "get both again",
+    )
 
 
 def _any(tensor: SourceTensor) -> bool:

@@ -10,7 +10,7 @@ from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.errors import InputError
 
 from .adapter_targets import EMBED_MODULE, HEAD_MODULE
-from .adapters import Adapter
+from .adapters import Adapter, refuse_rank
 from .checkpoint import SourceTensor
 from .updates import Pair, Tokens
 
@@ -86,7 +86,7 @@ def on_embeddings(adapter: Adapter, tied: bool) -> Embeddings:
     for module, matrix in ((EMBED_MODULE, found.embed), (HEAD_MODULE, found.head)):
         _read_whole(adapter, module, matrix, found)
         if matrix.wrapper == "lora":
-            matrix.pair = _pair(adapter, module, found, needed=together != "lora" or matrix is found.embed)
+            matrix.pair = _pair(adapter, module, found, together == "lora")
         elif matrix.name in adapter.pairs:
             stray(adapter, adapter.pairs[matrix.name].a)
         delta = adapter.tokens.get(matrix.name)
@@ -224,25 +224,24 @@ def _read_whole(adapter: Adapter, module: str, matrix: Matrix, found: Embeddings
         matrix.copy = same[0]
         found.twins += [Twins(same[0], other) for other in same[1:]]
     elif matrix.wrapper == "saved":
-        listed = next(
-            (name for name, _ in adapter.settings.targets.saved if module.endswith(name)), "ensure_weight_tying"
-        )
         adapter.refuse(
-            f"{module}.weight is not in the file, but {adapter.settings.where.name} has it in modules_to_save "
-            f"({listed!r:.40}): it was lost on saving"
+            f"{module}.weight is not in the file, but {adapter.settings.where.name} has it in modules_to_save: it was "
+            "lost on saving"
         )
     for tensor in forms.values():
         stray(adapter, tensor)
 
 
-def _pair(adapter: Adapter, module: str, found: Embeddings, needed: bool) -> Pair | None:
+def _pair(adapter: Adapter, module: str, found: Embeddings, together: bool) -> Pair | None:
     pair = adapter.pairs.get(_NAMES[module])
     if pair is None:
-        if needed:
+        if not together or module == EMBED_MODULE:
             found.warnings += lacking_lora(adapter, [module])
         return None
     if pair.embedding != (module == EMBED_MODULE):
         stray(adapter, pair.a)
+    if not together and pair.a.shape[0] != adapter.settings.rank_of(module):
+        refuse_rank(adapter, module, pair.a, pair.b)
     if pair.bias is not None:
         adapter.refuse(
             f"{pair.bias.name} is a bias of {module}, which has no place for one in this engine",
@@ -303,14 +302,14 @@ def _share(adapter: Adapter, found: Embeddings, together: str) -> None:
 
 def lacking_lora(adapter: Adapter, modules: list[str]) -> list[str]:
     """The warning about targets whose LoRA the file lacks. Raises InputError where PEFT would start it at random."""
-    settings = adapter.settings
+    settings, more = adapter.settings, len(modules) - 1
     found = (
-        f"{settings.where}: target_modules names {len(modules)} modules whose LoRA is not in {adapter.file.name}, the "
-        f"first is {modules[0]}"
+        f"{settings.where}: target_modules names {modules[0]}{f' and {more} more' if more else ''}, whose LoRA is not "
+        f"in {adapter.file.name}"
     )
     if not settings.zero_start:
         raise InputError(f"{found}, and init_lora_weights would start it at random; get the whole file again")
-    return [f"{found}: they stay as they are in the base, as in PEFT; was a part lost on saving?"]
+    return [f"{found}: the base's weights stay, as in PEFT; was a part lost on saving?"]
 
 
 def stray(adapter: Adapter, tensor: SourceTensor) -> NoReturn:

@@ -196,7 +196,7 @@ def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path |
         tokenizer = read_tokenizer(adapter.directory, tokenizer)
         own = (adapter.directory / "tokenizer.model").exists()
         found.append((str(adapter.directory), "tokenizer", tokenizer.size if own and tokenizer else "none"))
-        found += [(str(adapter.directory), what, rows) for what, rows in adapter.stated_rows()]
+        found += [(str(adapter.directory), what, rows) for what, rows in dict.fromkeys(adapter.stated_rows())]
     if override is not None:
         given = read_tokenizer(override, None)
         found.append((str(override), "tokenizer", given.size if given else "none"))

@@ -264,6 +264,15 @@ def plan_of(root: Path, *adapters: Path) -> tuple[Plan | None, str]:
         return None, str(error)
 
 
+def sentence(root: Path, adapter: Path) -> str:
+    """The refusal of an adapter: one sentence, which the table of sizes may follow."""
+    plan, refusal = plan_of(root, adapter)
+    assert plan is None
+    lines = refusal.split("\n")
+    assert len(lines) == 1 or lines[1] == "vocabulary sizes found:"
+    return lines[0]
+
+
 def edit_config(adapter: Path, **changes: Any) -> None:
     """Changes keys of adapter_config.json; ... removes one."""
     config = json.loads((adapter / CONFIG).read_text()) | changes

@@ -34,7 +34,6 @@ REFUSED = {
     "has no place for one in this engine": "a bias of lm_head",
     "no tensors": "an adapter that trains nothing",
     "stand for the same values and differ": "tied LoRA that PEFT itself does not keep tied (mica, orthogonal)",
-    "says rank": "tied LoRA whose rank_pattern has another rank for lm_head",
     "which PEFT does not combine": "DoRA beside mica on an adapter without LoRA",
 }
 

@@ -47,6 +47,7 @@ WAYS: list[tuple[dict[str, Any], bool]] = [
     ({LORA: ["q_proj", "lm_head"]} | TIE, True),
     ({LORA: ["embed_tokens", "lm_head"]} | TIE, True),
     ({LORA: ["embed_tokens"], "alpha_pattern": {"lm_head": 3}} | TIE, False),
+    ({LORA: ["embed_tokens"], "rank_pattern": {"lm_head": 2}} | TIE, False),
     ({LORA: ["embed_tokens"], "use_dora": True} | TIE, False),
     ({LORA: ["embed_tokens", "lm_head"], "use_dora": True}, False),
     ({LORA: ".*(q_proj|embed_tokens)"} | TIE, True),
