@@ -138,6 +138,9 @@ def _check_directory(directory: Path) -> None:
     if (directory / _CONFIG).exists():
         return
     found = f"{directory}: there is no {_CONFIG}, expected a PEFT adapter"
+    snapshots = sorted(path.parent for path in directory.glob(f"snapshots/*/{_CONFIG}"))
+    if snapshots:
+        raise InputError(f"{found}; this is the hub's cache of one, give {snapshots[-1]}")
     inside = sorted(path.parent for path in directory.glob(f"*/{_CONFIG}"))
     checkpoints = [path for path in inside if re.fullmatch(r"checkpoint-\d+", path.name)]
     if checkpoints:

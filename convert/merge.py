@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class MergedTensor:
         begin, end, _ = slice(begin, end).indices(self.shape[0])
         while self._prepared < len(self.updates):
             count = self._prepared
-            self.updates[count].prepare(self.shape[0], lambda b, e, count=count: self._rows(b, e, count))  # type: ignore[misc]
+            self.updates[count].prepare(self.source.shape[0], partial(self._rows, count=count))
             self._prepared += 1
         return self._rows(begin, end, len(self.updates))
 

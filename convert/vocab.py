@@ -46,6 +46,7 @@ def check_vocabulary(
     table = size_table(checkpoint, adapters, override)
     try:
         steps = _follow(checkpoint, adapters, tied)
+        rows = steps[-1]
         tokenizer, left_out = _tokenizer_after(checkpoint, adapters, override, steps)
     except (_MismatchError, RowsError) as error:
         better = _better_order(checkpoint, adapters, tied, override)
@@ -61,7 +62,7 @@ def check_vocabulary(
             f"{checkpoint.directory / 'config.json'}: says vocab_size {claimed} but embed_tokens has {base} rows; "
             "the rows count"
         )
-    return Vocabulary(tokenizer, steps[-1], table, warnings)
+    return Vocabulary(tokenizer, rows, table, warnings)
 
 
 def _follow(checkpoint: Checkpoint, adapters: Sequence[Adapter], tied: bool) -> list[int]:

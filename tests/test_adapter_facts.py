@@ -194,6 +194,8 @@ def test_directories_that_hold_the_adapter_elsewhere(root: Path, named: Path) ->
         shutil.copytree(named / "zh", named / f"checkpoint-{step}")
     found = sentence(root, named)
     assert f"its last checkpoint is {named / 'checkpoint-1500'}, give that" in found
+    hub = Path(shutil.copytree(named / "zh", named / "models--a--b" / "snapshots" / "0123"))
+    assert f"this is the hub's cache of one, give {hub}" in sentence(root, hub.parent.parent)
     weights = named / "zh" / WEIGHTS
     assert sentence(root, weights).endswith(
         f"this is a file, expected the directory of a PEFT adapter; give {named / 'zh'}"
