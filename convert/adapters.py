@@ -1,220 +1,267 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT LoRA directories: the config and the tensors under all the names PEFT has given them; empty ones are refused."""
+"""PEFT LoRA directories: the config, and the tensors under all the names PEFT gave them; empty ones are refused."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.container import is_count, read_json
+from cnllama.container import read_json
 from cnllama.errors import InputError
 
+from .adapter_config import Settings, read_settings
+from .adapter_targets import EMBED_MODULE, HEAD_MODULE
 from .checkpoint import SourceTensor, canonical_name, open_weights
+from .updates import Pair
 
+_CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# What merging W + scale * B A cannot express, by the name of its setting.
-_REFUSED = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication",
-    "trainable_token_indices", "target_parameters", "enable_lora", "arrow_config", "kasa_config", "monteclora_config",
-    "velora_config", "megatron_config",
-)  # fmt: skip
-_KNOWN = {
-    *_REFUSED, "auto_mapping", "base_model_name_or_path", "peft_version", "revision", "peft_type", "task_type",
-    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias",
-    "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights",
-}  # fmt: skip
-_BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base weights alone
+_PREFIX = "base_model.model."
 
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
-_LORA_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.[^.]+)?")
-_SAVED = re.compile(r"(?P<module>.+?)(?P<wrapper>\.modules_to_save(?:\.[^.]+)?|\.base_layer|)\.(?P<kind>weight|bias)")
-_IGNORED = re.compile(r".+\.original_module\.(weight|bias)")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """delta = scale * B A for a matrix [rows, cols]: A [r, cols], B [rows, r].
-
-    An embedding's are stored transposed (A [r, vocabulary], B [hidden, r]): delta = scale * (B A)^T.
-    """
-
-    a: SourceTensor
-    b: SourceTensor
-    scale: float
-    embedding: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the matrix that the pair fits."""
-        rows, cols = self.b.shape[0], self.a.shape[1]
-        return (cols, rows) if self.embedding else (rows, cols)
+# NAME is the adapter's, which PEFT's writer leaves out and raw state dicts keep.
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<name>[^.]+))?\.(?P<kind>weight|bias)")
+_LORA_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<name>[^.]+))?")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?P<name>(?!weight$)[^.]+))?(?:\.weight)?")
+_DELTA = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<name>[^.]+))?")
+_WHOLE = re.compile(
+    r"(?P<module>.+?)(?:\.(?P<own>base_layer|token_adapter\.base_layer)"
+    r"|\.(?P<wrapped>original_module|modules_to_save(?:\.[^.]+)?)(?P<rest>(?:\.[^.]+)*?))?\.(?P<kind>weight|bias)"
+)
 
 
 @dataclass
 class Adapter:
-    """One --lora directory: pairs and whole saved tensors by the base's tensor name."""
+    """One --lora directory, its tensors sorted by the base's tensor they belong to.
+
+    pairs: LoRA by name of the weight. tokens: new rows by name of the weight. whole: tensors like the base's own, by
+    name and by what stands before "weight" there: "", "base_layer", "original_module", "token_adapter.base_layer",
+    "modules_to_save". What they mean is decided by the config and by the base (adapter_facts.py, tying.py).
+    """
 
     directory: Path
     file: Path
+    settings: Settings
     pairs: dict[str, Pair] = field(default_factory=dict)
-    saved: dict[str, SourceTensor] = field(default_factory=dict)
+    tokens: dict[str, SourceTensor] = field(default_factory=dict)
+    whole: dict[str, dict[str, SourceTensor]] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def vocabulary_rows(self) -> dict[str, int]:
-        """Rows of the embed_tokens and lm_head that the adapter saves whole."""
-        return {name: self.saved[name].shape[0] for name in (EMBEDDING, LM_HEAD) if name in self.saved}
+    def stated_rows(self) -> Iterator[tuple[str, int]]:
+        """Every number of rows that the file states for embed_tokens or lm_head, with the name it states it for."""
+        for name in (EMBEDDING, LM_HEAD):
+            for tensor in self.whole.get(name, {}).values():
+                yield name, tensor.shape[0]
+            if name in self.pairs:
+                yield f"{name} (LoRA)", self.pairs[name].shape[0]
 
     def check_values(self) -> None:
-        """Reads the LoRA matrices; raises InputError when they are zero or not finite: the training was lost."""
+        """Reads the trained values; raises InputError when they are zero or not finite: the training was lost."""
         idle = []
         for name, pair in self.pairs.items():
-            a, b = pair.a.read(), pair.b.read()
-            for tensor, values in ((pair.a, a), (pair.b, b)):
-                if not np.isfinite(values).all():
-                    raise InputError(
-                        f"{self.file}: tensor {tensor.name} holds NaN or infinity, expected finite numbers; "
-                        "the training diverged or the file is damaged"
-                    )
-            if not a.any() or not b.any():
+            a, b = self._finite(pair.a), self._finite(pair.b)
+            others = [part for part in (pair.magnitude, pair.bias) if part is not None]
+            for tensor in others:
+                self._finite(tensor)
+            if not others and (pair.scale == 0 or not a.any() or not b.any()):
                 idle.append(name)
-            pair.a.release()
-            pair.b.release()
+            for tensor in (pair.a, pair.b, *others):
+                tensor.release()
         if self.pairs and len(idle) == len(self.pairs):
-            self._refuse("every LoRA matrix B (or A) is zero, so it changes nothing", "its training was not saved")
-        for name, tensor in self.saved.items():
-            if not any(tensor.read(row, row + 1024).any() for row in range(0, tensor.shape[0], 1024)):
-                self._refuse(f"the saved {name} is all zero", "its training was not saved")
-            tensor.release()
+            self.refuse("every LoRA matrix B (or A) is zero, so it changes nothing; its training was not saved")
+        for tensor in self.tokens.values():
+            self._finite(tensor)
+        for name, forms in self.whole.items():
+            for form, tensor in forms.items():
+                if form != "original_module" and not name.endswith(".bias") and not _any(tensor):
+                    self.refuse(f"the saved {name} is all zero; its training was not saved")
+                tensor.release()
         if idle:
             self.warnings.append(f"{self.file}: {len(idle)} of {len(self.pairs)} LoRA pairs are zero ({idle[0]}, ...)")
 
-    def _refuse(self, found: str, reason: str) -> NoReturn:
-        raise InputError(f"{self.file}: {found}; {reason}, save the adapter again")
+    def refuse(self, found: str, mend: str = "save the adapter again") -> NoReturn:
+        """Raises InputError about its weight file."""
+        raise InputError(f"{self.file}: {found}, {mend}")
+
+    def _finite(self, tensor: SourceTensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        values = tensor.read()
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{self.file}: tensor {tensor.name} holds NaN or infinity, expected finite numbers; "
+                "the training diverged or the file is damaged"
+            )
+        return values
 
 
 def open_adapter(directory: Path) -> Adapter:
     """Reads adapter_config.json and the weight file's header; no weights.
 
-    Raises InputError for a missing or empty file and, by name, for every PEFT feature that is not a plain LoRA.
+    Raises InputError for a missing or empty file and, by name, for every PEFT feature that is not merged here.
     """
-    if not directory.is_dir():
-        found = "this is a file" if directory.exists() else "there is no such directory"
-        raise InputError(f"{directory}: {found}, expected the directory of a PEFT adapter")
-    if not (directory / "adapter_config.json").exists():
-        mend = "this is a whole model, give it as BASE" if (directory / "config.json").exists() else "get it too"
-        raise InputError(f"{directory}: there is no adapter_config.json, expected a PEFT adapter; {mend}")
-    where = directory / "adapter_config.json"
-    config = read_json(where)
+    _check_directory(directory)
+    settings = read_settings(read_json(directory / _CONFIG), directory / _CONFIG)
     file = next((directory / name for name in _FILES if (directory / name).exists()), None)
     if file is None:
-        raise InputError(f"{directory}: there are no adapter weights, expected {' or '.join(_FILES)}")
-    adapter = Adapter(directory, file, warnings=_check_config(config, where))
+        raise InputError(
+            f"{directory}: there are no adapter weights, expected {' or '.join(_FILES)}{_others(directory)}"
+        )
+    adapter = Adapter(directory, file, settings, warnings=list(settings.warnings))
     tensors = open_weights(file)
     if not tensors:
-        adapter._refuse(f"the file has {file.stat().st_size:,} bytes and no tensors", "the training was lost on saving")
+        adapter.refuse(f"the file has {file.stat().st_size:,} bytes and no tensors; the training was lost on saving")
+    single = next((name for name, tensor in tensors.items() if not tensor.shape), None)
+    if single is not None:
+        adapter.refuse(f"tensor {single} is a single number, expected a vector or matrix", "get the file again")
     empty = [name for name, tensor in tensors.items() if tensor.size == 0]
     if empty:
-        adapter._refuse(
-            f"{len(empty)} of {len(tensors)} tensors have size 0 ({empty[0]})",
-            "sharded training (ZeRO-3) saved it without gathering the weights",
+        adapter.refuse(
+            f"{len(empty)} of {len(tensors)} tensors have size 0 ({empty[0]}); sharded training (ZeRO-3) saved it "
+            "without gathering the weights"
         )
-    _sort_tensors(adapter, tensors, config, where)
+    _sort_tensors(adapter, tensors)
     return adapter
 
 
-def _check_config(config: Mapping[str, Any], where: Path) -> list[str]:
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise InputError(f"{where}: peft_type is {kind!r:.40}, expected 'LORA'; only LoRA can be merged")
-    for key in _REFUSED:
-        if config.get(key):
-            raise InputError(f"{where}: {key} is {config[key]!r:.60}; this variant of LoRA cannot be merged here")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{where}: bias is {config['bias']!r:.40}, expected 'none'; trained biases are not supported")
-    start = config.get("init_lora_weights")
-    if start not in _BASE_KEPT:
-        raise InputError(
-            f"{where}: init_lora_weights is {start!r:.40}, which changes the base weights; convert the adapter to a "
-            "plain LoRA with PEFT first"
-        )
-    if not is_count(config.get("r"), 1, 1 << 20):
-        raise InputError(f"{where}: r is {config.get('r')!r:.40}, expected a positive integer")
-    alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
-    if not all(isinstance(a, (int, float)) and not isinstance(a, bool) and math.isfinite(a) for a in alphas):
-        raise InputError(f"{where}: lora_alpha or alpha_pattern is {alphas!r:.80}, expected finite numbers")
-    ranks = list((config.get("rank_pattern") or {}).values())
-    if not all(is_count(rank, 1, 1 << 20) for rank in ranks):
-        raise InputError(f"{where}: rank_pattern is {ranks!r:.80}, expected positive integers")
-    warnings = [f"{where}: unknown setting {key!r:.60} ignored" for key in config if key not in _KNOWN]
-    if config.get("fan_in_fan_out"):
-        warnings.append(f"{where}: fan_in_fan_out ignored, as PEFT does: LLaMA's layers are not stored so")
-    return warnings
+def _check_directory(directory: Path) -> None:
+    """Raises InputError for what holds no adapter_config.json, saying what it is instead and where the adapter lies."""
+    if not directory.is_dir():
+        if not directory.exists():
+            raise InputError(f"{directory}: there is no such directory, expected the directory of a PEFT adapter")
+        mend = f"; give {directory.parent}" if (directory.parent / _CONFIG).exists() else ""
+        raise InputError(f"{directory}: this is a file, expected the directory of a PEFT adapter{mend}")
+    if (directory / _CONFIG).exists():
+        return
+    found = f"{directory}: there is no {_CONFIG}, expected a PEFT adapter"
+    snapshots = sorted(path.parent for path in directory.glob(f"snapshots/*/{_CONFIG}"))
+    if snapshots:
+        raise InputError(f"{found}; this is the hub's cache of one, give {snapshots[-1]}")
+    inside = sorted(path.parent for path in directory.glob(f"*/{_CONFIG}"))
+    checkpoints = [path for path in inside if re.fullmatch(r"checkpoint-\d+", path.name)]
+    if checkpoints:
+        last = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        raise InputError(f"{found}; this is a training's output and its last checkpoint is {last}, give that")
+    if len(inside) == 1:
+        raise InputError(f"{found}; PEFT saved the adapter under its name, give {inside[0]}")
+    if inside:
+        names = ", ".join(path.name for path in inside[:5])
+        raise InputError(f"{found}; it holds {len(inside)} adapters under their names ({names}), give one of them")
+    if (directory / "config.json").exists():
+        raise InputError(f"{found}; this is a whole model, give it as BASE")
+    raise InputError(f"{found}; get it too")
 
 
-def _sort_tensors(
-    adapter: Adapter, tensors: Mapping[str, SourceTensor], config: Mapping[str, Any], where: Path
-) -> None:
-    sides: dict[tuple[str, bool], dict[str, SourceTensor]] = {}
-    rank_of_wrapper: dict[str, int] = {}
+def _others(directory: Path) -> str:
+    found = sorted(p.name for p in directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+    return f"; {', '.join(found[:3])} is no name that PEFT reads, save the adapter with PEFT" if found else ""
+
+
+@dataclass
+class _Parts:
+    """The tensors of one LoRA."""
+
+    kinds: set[bool] = field(default_factory=set)
+    tensors: dict[str, SourceTensor] = field(default_factory=dict)
+
+
+def _sort_tensors(adapter: Adapter, tensors: Mapping[str, SourceTensor]) -> None:
+    parts: dict[str, _Parts] = {}
+    names: set[str] = set()
     for key, tensor in tensors.items():
         name = key
-        while name.startswith("base_model.model."):
-            name = name.removeprefix("base_model.model.")
+        while name.startswith(_PREFIX):
+            name = name.removeprefix(_PREFIX)
         name = canonical_name(name)
-        if _IGNORED.fullmatch(name):
-            continue
-        lora = _LORA.fullmatch(name) or _LORA_EMBEDDING.fullmatch(name)
-        if lora:
-            pair = sides.setdefault((lora["module"], "lora_embedding" in name), {})
-            if lora["side"] in pair:
-                raise InputError(f"{adapter.file}: holds {lora['module']}'s LoRA twice; save one adapter per file")
-            pair[lora["side"]] = tensor
-            continue
-        saved = None if ".lora_" in name else _SAVED.fullmatch(name)
-        if saved is None:
+        found = _part(name)
+        if found is not None:
+            module, part, given, embedding = found
+            names |= {given} if given else set()
+            entry = parts.setdefault(module, _Parts())
+            entry.kinds |= {embedding} if part in "AB" else set()
+            if part in entry.tensors:
+                adapter.refuse(
+                    f"holds {module}'s {part} twice ({entry.tensors[part].name} and {key})", "save one adapter per file"
+                )
+            entry.tensors[part] = tensor
+        elif match := _WHOLE.fullmatch(name):
+            form = match["own"] or (match["wrapped"] or "").split(".")[0]
+            whole = f"{match['module']}{match['rest'] or ''}.{match['kind']}"
+            forms = adapter.whole.setdefault(whole, {})
+            if forms.setdefault(form, tensor) is not tensor:
+                adapter.refuse(f"holds {whole} twice ({forms[form].name} and {key})", "save one adapter per file")
+        else:
             adapter.unmatched.append(key)
-            continue
-        target = f"{saved['module']}.{saved['kind']}"
-        rank = 1 + saved["wrapper"].startswith(".modules_to_save")
-        if rank > rank_of_wrapper.get(target, 0):  # the trained copy beats the one beside it
-            adapter.saved[target], rank_of_wrapper[target] = tensor, rank
-    for (module, embedding), pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            raise InputError(f"{adapter.file}: {module} has only one of lora_A and lora_B; get the file again")
-        adapter.pairs[f"{module}.weight"] = _make_pair(module, pair, embedding, config, where)
+    if len(names) > 1:
+        adapter.refuse(f"holds {len(names)} adapters ({', '.join(sorted(names)[:5])})", "save one adapter per file")
+    for module, entry in parts.items():
+        if "delta" in entry.tensors:
+            adapter.tokens[f"{module}.weight"] = entry.tensors.pop("delta")
+        if entry.tensors:
+            adapter.pairs[f"{module}.weight"] = _make_pair(adapter, module, entry)
 
 
-def _make_pair(
-    module: str, pair: Mapping[str, SourceTensor], embedding: bool, config: Mapping[str, Any], where: Path
-) -> Pair:
-    a, b = pair["A"], pair["B"]
-    rank = _by_pattern(config.get("rank_pattern"), module, config["r"], where)
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"], where)
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
-        raise InputError(
-            f"{a.file}: {module} has LoRA matrices A {list(a.shape)} and B {list(b.shape)} but {where.name} says rank "
-            f"{rank}; the two files are not of one adapter"
-        )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Pair(a, b, scale, embedding)
+def _part(name: str) -> tuple[str, str, str | None, bool] | None:
+    """(module, "A", "B", "B.bias", "magnitude" or "delta", the adapter's name, whether of an embedding)."""
+    if match := _LORA.fullmatch(name):
+        part = match["side"] if match["kind"] == "weight" else f"{match['side']}.bias"
+        return match["module"], part, match["name"], False
+    if match := _LORA_EMBEDDING.fullmatch(name):
+        return match["module"], match["side"], match["name"], True
+    for part, expression in (("magnitude", _MAGNITUDE), ("delta", _DELTA)):
+        if match := expression.fullmatch(name):
+            return match["module"], part, match["name"], False
+    return None
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any, where: Path) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error:
-            raise InputError(f"{where}: {pattern!r:.60} in a pattern is no regular expression") from None
-    return default
+def _make_pair(adapter: Adapter, module: str, entry: _Parts) -> Pair:
+    """The LoRA of one module. Raises InputError where the file contradicts the config or is not whole."""
+    settings, parts = adapter.settings, entry.tensors
+    if "A" not in parts or "B" not in parts or len(entry.kinds) > 1:
+        adapter.refuse(f"{module} has only one of lora_A and lora_B", "get the file again")
+    a, b = parts["A"], parts["B"]
+    rank = settings.rank_of(module)
+    # Where it is tied to that of embed_tokens, lm_head's LoRA has the rank of that and the scale of its own.
+    tied = module == HEAD_MODULE and settings.ensure_tying
+    if (
+        len(a.shape) != 2
+        or b.shape[1:] != a.shape[:1]
+        or a.shape[0] not in (rank, settings.rank_of(EMBED_MODULE) * tied)
+    ):
+        refuse_rank(adapter, module, a, b)
+    for part, key, wanted, name in (
+        ("magnitude", "use_dora", settings.dora, "lora_magnitude_vector"),
+        ("B.bias", "lora_bias", settings.lora_bias, "lora_B.bias"),
+    ):
+        if (part in parts) != wanted:
+            adapter.refuse(
+                f"{module} has {'no' if wanted else 'a'} {name} but {_CONFIG} says {key} {str(wanted).lower()}; the "
+                "two files are not of one adapter",
+                "get both again",
+            )
+    if "A.bias" in parts:
+        adapter.refuse(f"{module} has a bias in lora_A, which no version of PEFT writes", "get the file again")
+    embedding = True in entry.kinds
+    pair = Pair(a, b, settings.scale_of(module, rank), embedding, parts.get("magnitude"), parts.get("B.bias"))
+    sizes = {"magnitude": pair.shape[1 if embedding else 0], "B.bias": pair.shape[0]}
+    for part, size in sizes.items():
+        if part in parts and parts[part].shape != (size,):
+            adapter.refuse(f"{parts[part].name} has shape {list(parts[part].shape)}, expected [{size}]", "get it again")
+    return pair
+
+
+def refuse_rank(adapter: Adapter, module: str, a: SourceTensor, b: SourceTensor) -> NoReturn:
+    """Refuses matrices of another rank than the config's."""
+    adapter.refuse(
+        f"{module} has LoRA matrices A {list(a.shape)} and B {list(b.shape)} but {_CONFIG} says rank "
+        f"{adapter.settings.rank_of(module)}; the two files are not of one adapter",
+        "get both again",
+    )
+
+
+def _any(tensor: SourceTensor) -> bool:
+    return any(tensor.read(row, row + 1024).any() for row in range(0, tensor.shape[0], 1024))

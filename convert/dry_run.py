@@ -146,9 +146,10 @@ def _peak(prepared: Prepared) -> int:
 
 
 def _rounding(tensor: MergedTensor) -> int:
-    """Pages of the stored tensor, which stay until it is done, a chunk, its packed form, and the factors of a LoRA."""
+    """Pages of the stored tensors, which stay until it is done, a chunk, its packed form, and the updates' values."""
     rows, cols = tensor.shape[0], math.prod(tensor.shape[1:])
     chunk = min(rows * cols, max(32 * cols, CHUNK_VALUES))
-    factors = sum((rows + cols) * pair.a.shape[0] * _FLOAT for pair in tensor.pairs)
-    stored = sum(source.nbytes for source in (tensor.source, *(s for p in tensor.pairs for s in (p.a, p.b))))
-    return stored + chunk * (_FLOAT + 1 + _FLOAT * bool(tensor.pairs)) + factors
+    changes = [source for update in tensor.updates for source in update.sources()]
+    stored = sum(source.nbytes for source in (tensor.source, *changes))
+    held = sum(source.size * _FLOAT for source in changes)
+    return stored + chunk * (_FLOAT + 1 + _FLOAT * bool(changes)) + held

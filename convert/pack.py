@@ -23,10 +23,11 @@ from cnllama.tokenizer import Tokenizer
 from cnllama.verify import Statistics
 
 from . import fingerprint, parity
+from .adapter_facts import check_adapters
 from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray
 from .facts import settle
-from .merge import MergedTensor, check_adapter, is_tied, merge
+from .merge import MergedTensor, is_tied, merge
 from .provenance import model_name
 from .quantize.base import CalibrationError, Quantizer, Rtn, Work
 from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
@@ -62,8 +63,7 @@ def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = N
     checkpoint, config = settled.checkpoint, settled.config
     adapters = [open_adapter(directory) for directory in loras]
     try:
-        for adapter in adapters:
-            check_adapter(adapter, checkpoint, config)
+        check_adapters(adapters, checkpoint, config)
     except InputError as error:
         raise InputError(f"{printable(str(error))}\n{size_table(checkpoint, adapters, tokenizer)}") from None
     vocabulary = check_vocabulary(checkpoint, adapters, is_tied(checkpoint), tokenizer)

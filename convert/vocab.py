@@ -16,6 +16,7 @@ from cnllama.errors import InputError, printable
 from .adapters import Adapter
 from .checkpoint import Checkpoint
 from .tokenizers import TokenizerFiles, first_difference, read_tokenizer
+from .tying import RowsError, on_embeddings, rows_after
 
 _MAX_REORDERED = 5
 _SMALLEST_PADDING, _LARGEST_PADDING = 8, 512
@@ -49,9 +50,10 @@ def check_vocabulary(
     """
     table = size_table(checkpoint, adapters, override)
     try:
-        rows = _follow(checkpoint, adapters, tied)
-        tokenizer, left_out = _tokenizer_after(checkpoint, adapters, override, rows)
-    except _MismatchError as error:
+        steps = _follow(checkpoint, adapters, tied)
+        rows = steps[-1]
+        tokenizer, left_out = _tokenizer_after(checkpoint, adapters, override, steps)
+    except (_MismatchError, RowsError) as error:
         better = _better_order(checkpoint, adapters, tied, override)
         hint = f"; the right order is {' '.join(f'--lora {a.directory}' for a in better)}" if better else ""
         raise InputError(f"{printable(f'{error}{hint}')}\n{table}") from None
@@ -67,54 +69,31 @@ def check_vocabulary(
     return Vocabulary(tokenizer, rows, table, warnings)
 
 
-def _follow(checkpoint: Checkpoint, adapters: Sequence[Adapter], tied: bool) -> int:
-    """Rows after all adapters."""
+def _follow(checkpoint: Checkpoint, adapters: Sequence[Adapter], tied: bool) -> list[int]:
+    """Rows of the base and after each adapter."""
     base = {name: checkpoint.tensors[name].shape[0] for name in (EMBEDDING, LM_HEAD) if name in checkpoint.tensors}
-    rows = base[EMBEDDING]
-    if not tied and base[LM_HEAD] != rows:
+    rows = [base[EMBEDDING]]
+    if not tied and base[LM_HEAD] != rows[0]:
         raise _MismatchError(_odd_one(checkpoint, base))
     for adapter in adapters:
-        saved = adapter.vocabulary_rows()
-        if len(set(saved.values())) > 1:
-            raise _MismatchError(
-                f"{adapter.file}: embed_tokens has {saved[EMBEDDING]} rows and lm_head {saved[LM_HEAD]}, expected "
-                "equal numbers; the adapter is damaged, save it again"
-            )
-        after = next(iter(saved.values()), rows)
-        if after < rows:
-            raise _MismatchError(
-                f"{adapter.directory}: its vocabulary has {after} rows, but what it follows has {rows} already; the "
-                "adapters are in the wrong order, or it was trained on another base"
-            )
-        if after > rows and len(saved) == 1 and not (tied and EMBEDDING in saved):
-            name, other = (EMBEDDING, LM_HEAD) if EMBEDDING in saved else (LM_HEAD, EMBEDDING)
-            raise _MismatchError(
-                f"{adapter.file}: saves {after} rows of {name} and none of {other}, which has {rows}; the new rows are "
-                "missing, save both with modules_to_save"
-            )
-        for name in (EMBEDDING, LM_HEAD):
-            pair = adapter.pairs.get(name)
-            if pair is not None and pair.shape[0] != after:
-                raise _MismatchError(
-                    f"{adapter.file}: its LoRA of {name} is for {pair.shape[0]} rows, but what it follows has {after}; "
-                    "an adapter that must come before it is missing, or it was trained on another base"
-                )
-        rows, tied = after, tied and LM_HEAD not in saved
+        found = on_embeddings(adapter, tied)
+        rows.append(rows_after(adapter, found, rows[-1]))
+        tied = found.tied
     return rows
 
 
 def _tokenizer_after(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None, rows: int
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None, steps: Sequence[int]
 ) -> tuple[TokenizerFiles, list[str]]:
+    """The tokenizer for the rows of the last of `steps`, which are _follow's."""
     base = read_tokenizer(checkpoint.directory, None)
     if override is not None:
         chosen = read_tokenizer(override, None)
         if chosen is None:
             raise InputError(f"{override}: there is no tokenizer.model, expected a directory with one")
-        return _fit(chosen, rows, checkpoint)
-    tokenizer, current = base, checkpoint.tensors[EMBEDDING].shape[0]
-    for adapter in adapters:
-        current = next(iter(adapter.vocabulary_rows().values()), current)
+        return _fit(chosen, steps[-1], checkpoint)
+    tokenizer = base
+    for adapter, current in zip(adapters, steps[1:], strict=True):
         after = read_tokenizer(adapter.directory, tokenizer)
         if after is None:
             continue
@@ -125,7 +104,7 @@ def _tokenizer_after(
         tokenizer = after
     if tokenizer is None:
         _refuse_without_model(checkpoint, adapters)
-    return _fit(tokenizer, rows, checkpoint)
+    return _fit(tokenizer, steps[-1], checkpoint)
 
 
 def _check_extends(before: TokenizerFiles, after: TokenizerFiles) -> None:
@@ -196,8 +175,7 @@ def _better_order(
     fitting = []
     for order in permutations(adapters):
         try:
-            rows = _follow(checkpoint, order, tied)
-            _tokenizer_after(checkpoint, order, override, rows)
+            _tokenizer_after(checkpoint, order, override, _follow(checkpoint, order, tied))
         except (_MismatchError, InputError):
             continue
         fitting.append(order)
@@ -232,11 +210,7 @@ def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path |
         tokenizer = read_tokenizer(adapter.directory, tokenizer)
         own = (adapter.directory / "tokenizer.model").exists()
         found.append((str(adapter.directory), "tokenizer", tokenizer.size if own and tokenizer else "none"))
-        for name in (EMBEDDING, LM_HEAD):
-            if name in adapter.saved:
-                found.append((str(adapter.directory), name, adapter.saved[name].shape[0]))
-            elif name in adapter.pairs:
-                found.append((str(adapter.directory), f"{name} (LoRA)", adapter.pairs[name].shape[0]))
+        found += [(str(adapter.directory), what, rows) for what, rows in dict.fromkeys(adapter.stated_rows())]
     if override is not None:
         given = read_tokenizer(override, None)
         found.append((str(override), "tokenizer", given.size if given else "none"))

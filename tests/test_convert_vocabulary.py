@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_judge import edit_config, edit_tensors
 from cnllama.convert import checkpoint as checkpoint_module
 from cnllama.convert.pack import Plan, convert, make_plan, merged_tensors
 from models import (
@@ -189,10 +190,8 @@ def test_tokenizer_smaller_than_the_rows(recipe: Recipe, mine: tuple[Path, Path,
 
 
 def keep_lora_only(adapter: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    path = adapter / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if "lora_" in k}, path)
+    edit_tensors(adapter, lambda tensors: {k: v for k, v in tensors.items() if "lora_" in k})
+    edit_config(adapter, modules_to_save=None)
 
 
 def test_adapter_with_a_tokenizer_but_no_rows(recipe: Recipe, mine: tuple[Path, Path, Path]) -> None:
@@ -204,11 +203,12 @@ def test_adapter_with_a_tokenizer_but_no_rows(recipe: Recipe, mine: tuple[Path, 
 
 
 def test_adapter_that_saves_half_of_the_new_rows(recipe: Recipe, mine: tuple[Path, Path, Path]) -> None:
-    from safetensors.torch import load_file, save_file
-
     _, first, second = mine
-    path = first / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if "lm_head" not in k}, path)
+    edit_tensors(first, lambda tensors: {k: v for k, v in tensors.items() if "lm_head" not in k})
+    assert "lm_head.weight is not in the file, but adapter_config.json has it in modules_to_save" in refusal(
+        recipe.base, first
+    )
+    edit_config(first, modules_to_save=["embed_tokens"])
     assert f"saves {recipe.large} rows of {EMBED} and none of {HEAD}" in refusal(recipe.base, first)
     with_rows(second, recipe.large + 1, recipe.large)
     assert f"embed_tokens has {recipe.large + 1} rows and lm_head {recipe.large}" in refusal(recipe.base, second)

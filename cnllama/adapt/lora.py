@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from cnllama.adapt.hf_checkpoint import OutTensor, write_safetensors
-from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import make_directory, write_json
 
@@ -276,19 +275,18 @@ def _refuse(file: Path, found: str) -> None:
 def fold(model: Any, base: Path, adapters: list[Path]) -> None:
     """Merges earlier adapters into the model's weights with the converter's own code, tensor by tensor.
 
-    Raises InputError as `cnllama convert` does.
+    model: made with the configuration of the plan: tied embeddings and biases as the adapters leave them. Raises
+    InputError as `cnllama convert` does.
     """
+    from cnllama.convert.merge import changed_names
     from cnllama.convert.pack import make_plan
 
     plan = make_plan(base, adapters)
     if plan.vocabulary.rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(plan.vocabulary.rows, mean_resizing=False)
-    changed = {name for adapter in plan.adapters for name in (*adapter.pairs, *adapter.saved)}
-    if not plan.config["tie_word_embeddings"]:
-        changed |= {EMBEDDING, LM_HEAD}
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name in changed & set(plan.tensors):
+        for name in changed_names(plan.checkpoint, plan.tensors):
             parameters[name].copy_(torch.from_numpy(plan.tensors[name].padded().read()))
             plan.tensors[name].release()
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from cnllama.adapt.hf_checkpoint import OutTensor, write_safetensors
 from cnllama.adapt.kept import result_directory
 from cnllama.arguments import add_list_option, add_output_option
-from cnllama.convert.merge import MergedTensor
+from cnllama.convert.merge import MergedTensor, bias_settings
 from cnllama.convert.pack import Plan, make_plan
+from cnllama.errors import InputError
 from cnllama.files import copy_file, write_json
 from cnllama.space import check_space
 
@@ -44,6 +45,11 @@ def merge_checkpoint(base: Path, adapters: Sequence[Path], out: Path, dtype: str
     InputError for adapters that do not fit, for values too large for float16, and where `out` holds anything else.
     """
     plan = make_plan(base, adapters)
+    if any(bias_settings(plan.tensors).values()) and plan.checkpoint.config.get("model_type") == "mistral":
+        raise InputError(
+            f"{adapters[-1]}: gives layers biases, for which transformers' Mistral has no place; convert base and "
+            "adapters directly with cnllama convert"
+        )
     for notice in plan.notices:
         print(f"warning: {notice}", file=sys.stderr)
     kind, item = _SIZES[dtype]
@@ -86,6 +92,7 @@ def _write_small_files(plan: Plan, base: Path, out: Path, dtype: str) -> None:
             copy_file(source, out / name)
     config = {**plan.checkpoint.config, "vocab_size": plan.config["vocab_size"]}
     config["tie_word_embeddings"] = plan.config["tie_word_embeddings"]
+    config |= {key: True for key, there in bias_settings(plan.tensors).items() if there}
     config["torch_dtype"] = dtype
     config.pop("dtype", None)
     write_json(out / "config.json", config)

@@ -33,6 +33,7 @@ from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
 from cnllama.adapt.train import FILES, RESULT, RUN, WHOLE, Job, train
 from cnllama.adapt.trainer import Collator
 from cnllama.container import read_json
+from cnllama.convert.merge import bias_settings
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
 from cnllama.files import read_bytes, write_json
@@ -136,6 +137,7 @@ def _open_model(stage: Stage) -> tuple[Any, Vocabulary]:
     config = LlamaConfig.from_pretrained(stage.model)
     config.vocab_size = plan.vocabulary.rows
     config.tie_word_embeddings = plan.config["tie_word_embeddings"]
+    config.update(bias_settings(plan.tensors))
     config.use_cache = False
     return config, open_vocabulary(plan.vocabulary.tokenizer.file.parent, config.vocab_size)
 

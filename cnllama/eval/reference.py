@@ -86,12 +86,14 @@ def open_reference(base: Path, loras: Sequence[Path] = (), dtype: str = "float32
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from cnllama.convert.merge import bias_settings
     from cnllama.convert.pack import merged_tensors
 
     with os_errors_explained(base):
         config = LlamaConfig.from_pretrained(base)
         config.vocab_size = plan.config["vocab_size"]
         config.tie_word_embeddings = plan.config["tie_word_embeddings"]
+        config.update(bias_settings(plan.tensors))
         with torch.device("meta"):  # no memory and no random numbers for weights that are overwritten
             model = LlamaForCausalLM(config)
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
