@@ -131,7 +131,7 @@ REFUSED: dict[str, Case] = {
     "output in no directory": (nothing, ["-o", "absent/x.cnl"]),
     "output is a directory": (nothing, ["-o", "base"]),
     "output in a file": (nothing, ["-o", "base/config.json/x.cnl"]),
-    "output of a long name": (nothing, ["-o", "x" * 250]),
+    "output of a long name": (nothing, ["-o", "x" * 256]),
     "report in no directory": (nothing, ["--report", "absent/x.json"]),
 }
 
@@ -188,7 +188,7 @@ def test_a_disk_without_room_is_refused_before_the_work(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = number(r"([\d,]+) bytes are needed", run(base, "--quantizer", "rtn", "--dry-run", "-o", tmp_path / "x")[1])
-    monkeypatch.setattr("cnllama.container.free_bytes", lambda directory: need - 1)
+    monkeypatch.setattr("cnllama.space.free_bytes", lambda directory: need - 1)
     monkeypatch.setattr("cnllama.convert.checkpoint._MappedTensor.read", lambda *_: pytest.fail("a weight was read"))
     words = base, "-o", tmp_path / "x.cnl", "--quantizer", "rtn"
     dry = run(*words, "--dry-run")
@@ -200,7 +200,7 @@ def test_a_disk_without_room_is_refused_before_the_work(
 
 def test_a_directory_that_cannot_be_written(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "locked").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: "locked" not in str(path))
     code, _, said = run(base, "-o", tmp_path / "locked" / "x.cnl", "--quantizer", "rtn", "--dry-run")
     assert (code, "no permission" in said) == (2, True)
 
