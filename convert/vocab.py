@@ -14,7 +14,7 @@ from cnllama.errors import InputError
 
 from .adapters import Adapter
 from .checkpoint import Checkpoint
-from .tokenizers import TokenizerFiles, first_difference, read_tokenizer
+from .tokenizers import TokenizerFiles, first_difference, read_tokenizer, with_additions
 
 _MAX_REORDERED = 5
 
@@ -51,8 +51,11 @@ def check_vocabulary(
         hint = f"; the right order is {' '.join(f'--lora {a.directory}' for a in better)}" if better else ""
         raise InputError(f"{error}{hint}\n{table}") from None
     warnings = [
-        f"{tokenizer.file.parent}: the special token {text!r} has no id and the model no row for it: ignored"
-        for text in left_out
+        *tokenizer.notices,
+        *(
+            f"{tokenizer.file.parent}: the special token {text!r} has no id and the model no row for it: ignored"
+            for text in left_out
+        ),
     ]
     claimed, base = checkpoint.config.get("vocab_size"), checkpoint.tensors[EMBEDDING].shape[0]
     if claimed is not None and claimed != base:
@@ -107,7 +110,8 @@ def _tokenizer_after(
         chosen = read_tokenizer(override, None)
         if chosen is None:
             raise InputError(f"{override}: there is no tokenizer.model, expected a directory with one")
-        return _fit(chosen, rows, checkpoint)
+        directories = [checkpoint.directory, *(adapter.directory for adapter in adapters)]
+        return _fit(with_additions(chosen, directories), rows, checkpoint)
     tokenizer, current = base, checkpoint.tensors[EMBEDDING].shape[0]
     for adapter in adapters:
         current = next(iter(adapter.vocabulary_rows().values()), current)
