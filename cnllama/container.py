@@ -239,6 +239,11 @@ class Output:
         if not self._committed:
             self.discard()
 
+    @property
+    def temporary(self) -> Path:
+        """Where the file lies until commit()."""
+        return self._temporary
+
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Writes all bytes at `offset`."""
         view = memoryview(data).cast("B")

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.config import EMBEDDING, from_hf
-from cnllama.container import read_json
-from cnllama.errors import CnllamaError, InputError, os_errors_explained
+from cnllama.errors import InputError, os_errors_explained
 from cnllama.format import TOKENIZER, CnlWriter, stored_bytes
 from cnllama.templates import TEMPLATES, default_template
 from cnllama.tokenizer import Tokenizer
@@ -23,17 +22,18 @@ from cnllama.verify import Statistics
 from . import fingerprint, parity
 from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray, open_checkpoint
+from .generation import generation_metadata, template_notices
 from .merge import MergedTensor, check_adapter, check_base, is_tied, merge
 from .quantize.base import CalibrationError, Quantizer, Rtn, Work
 from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
 from .quantize.choice import choose
 from .quantize.registry import AUTO, check_quantizer, open_quantizer
 from .quantize.rules import Rule, quantizations, scheme_of, scheme_table
-from .quantize.trial import Trial, Verdict, judge, unchecked_sentence, verdict_sentence
+from .quantize.trial import TooLargeError, Trial, Verdict, judge, unchecked_sentence, verdict_sentence
+from .selfcheck import check_written
 from .vocab import Vocabulary, check_vocabulary, size_table
 
 QUANTIZATIONS = quantizations()
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # of generation_config.json, when it samples
 
 
 @dataclass
@@ -138,9 +138,9 @@ def convert(
         plan = make_plan(base, loras, tokenizer)
         table = scheme_table(plan.tensors, scheme, rules)
         metadata = _metadata(plan, template) | {"quantization": _quantization(scheme, table, rules)}
-        job = _Job(plan, table, metadata, threads, progress)
+        job = _Job(plan, output, table, metadata, threads, progress)
         options = _Settings(quantizer, device, calibrate, calibrate_tokens, check)
-        written, verdict, reason = _write(job, output, options)
+        written, verdict, reason = _write(job, options)
     errors = {name: record["error"] for name, record in written.records.items() if table[name][0] != "f32"}
     worst, worst_error = max(errors.items(), key=lambda item: item[1])
     return Report(
@@ -177,9 +177,10 @@ class _Written:
 
 @dataclass
 class _Job:
-    """A checked conversion that can be written by one quantizer or another."""
+    """A checked conversion that can be written by one quantizer or another, for the name `output`."""
 
     plan: Plan
+    output: Path
     table: dict[str, tuple[str, int, int]]
     metadata: dict[str, Any]
     threads: int
@@ -193,7 +194,7 @@ class _Job:
         with CnlWriter(path, metadata, self.table | {TOKENIZER: ("raw", len(model), 1)}) as writer:
             records = self._pack(writer, quantizer, notes)
             writer.write_padded(TOKENIZER, model)
-            content = writer.finish({"fingerprint": {"tensors": records}})
+            content = writer.finish({"fingerprint": {"tensors": records}}, check_written(self.output, self.threads))
         return _Written(quantizer.name, writer.size, content, records, notes)
 
     def _pack(self, writer: CnlWriter, quantizer: Quantizer, notes: list[str]) -> dict[str, dict[str, float]]:
@@ -238,29 +239,29 @@ class _Settings:
     check: bool
 
 
-def _write(job: _Job, output: Path, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
+def _write(job: _Job, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
     """Writes the file; the reason is what "auto" says of its choice."""
     if settings.quantizer == AUTO:
-        return _write_auto(job, output, settings)
+        return _write_auto(job, settings)
     if settings.quantizer == "rtn":
-        return job.write(output, Rtn()), None, ""
+        return job.write(job.output, Rtn()), None, ""
     calibration = _calibration(job.plan, settings.calibrate, settings.calibrate_tokens)
     quantizer = open_quantizer(settings.quantizer, calibration, settings.device or "cpu")
-    return *_calibrated(job, output, quantizer, calibration, settings.check), ""
+    return *_calibrated(job, quantizer, calibration, settings.check), ""
 
 
-def _write_auto(job: _Job, output: Path, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
+def _write_auto(job: _Job, settings: _Settings) -> tuple[_Written, Verdict | None, str]:
     """What nobody insisted on is not worth an error: where it cannot be done the file is rounded."""
     length = min(settings.calibrate_tokens[1], job.plan.config["max_position_embeddings"])
     try:
         calibration = _calibration(job.plan, settings.calibrate, (settings.calibrate_tokens[0], length))
         choice = choose(_parameters(job.table), calibration.samples.size, settings.device)
         if choice.quantizer == "rtn":
-            return job.write(output, Rtn()), None, choice.reason
+            return job.write(job.output, Rtn()), None, choice.reason
         quantizer = open_quantizer(choice.quantizer, calibration, choice.device)
-        return *_calibrated(job, output, quantizer, calibration, settings.check), choice.reason
+        return *_calibrated(job, quantizer, calibration, settings.check), choice.reason
     except CalibrationError as problem:
-        return job.write(output, Rtn()), None, f"because {problem}"
+        return job.write(job.output, Rtn()), None, f"because {problem}"
 
 
 def _calibration(plan: Plan, path: Path | None, tokens: tuple[int, int]) -> Calibration:
@@ -271,18 +272,18 @@ def _calibration(plan: Plan, path: Path | None, tokens: tuple[int, int]) -> Cali
 
 
 def _calibrated(
-    job: _Job, output: Path, quantizer: Quantizer, calibration: Calibration, check: bool
+    job: _Job, quantizer: Quantizer, calibration: Calibration, check: bool
 ) -> tuple[_Written, Verdict | None]:
     """Writes the calibrated file, and with `check` rtn's beside it for as long as it takes to compare the two."""
     more = {"quantizer": quantizer.name, "calibration": calibration.record()}
     if not check:
-        return job.write(output, quantizer, more), None
-    with Trial(output, quantizer.name) as trial:
+        return job.write(job.output, quantizer, more), None
+    with Trial(job.output, quantizer.name) as trial:
         calibrated = job.write(trial.calibrated, quantizer, more)
         plain = job.write(trial.plain, Rtn())
         try:
             verdict = judge(trial.calibrated, trial.plain, calibration.held_out, quantizer.name, job.threads)
-        except CnllamaError as problem:
+        except TooLargeError as problem:
             job.plan.notices.append(unchecked_sentence(quantizer.name, problem))
             trial.keep(trial.calibrated)
             return calibrated, None
@@ -312,42 +313,18 @@ def _metadata(plan: Plan, template: str | None) -> dict[str, Any]:
     """What the header says before a weight is read; proves the tokenizer's parity on the way."""
     files = plan.vocabulary.tokenizer
     settings = files.settings()
+    chosen = template or default_template(plan.config["vocab_size"])
+    generation, notices = generation_metadata(plan)
+    plan.notices.extend([*notices, *template_notices(files, chosen, template is not None)])
     return {
         "config": plan.config,
-        "template": template or default_template(plan.config["vocab_size"]),
-        "generation": generation_defaults(plan),
+        "template": chosen,
+        "generation": generation,
         "tokenizer": settings,
         "parity": parity.record(files.model, settings, str(files.file)),
         "fingerprint": {"tensors": {}},
         "source": _source(plan),
     }
-
-
-def generation_defaults(plan: Plan) -> dict[str, Any]:
-    """The `generation` metadata: end tokens as a list, and sampling settings where generation_config.json samples."""
-    base = plan.checkpoint.directory
-    path = base / "generation_config.json"
-    given = read_json(path) if path.exists() else {}
-    processor = plan.vocabulary.tokenizer.processor
-    rows = plan.config["vocab_size"]
-    fallback = plan.checkpoint.config
-    eos = given.get("eos_token_id", fallback.get("eos_token_id"))
-    ids = [i for i in (eos if isinstance(eos, list) else [eos]) if _is_id(i, rows)]
-    if not ids and processor.eos_id() >= 0:
-        ids = [processor.eos_id()]
-    bos = given.get("bos_token_id", fallback.get("bos_token_id"))
-    if not _is_id(bos, rows):
-        bos = processor.bos_id() if processor.bos_id() >= 0 else None
-    result: dict[str, Any] = {"eos_token_ids": list(dict.fromkeys(ids)), "bos_token_id": bos}
-    for key in (*_SAMPLING * bool(given.get("do_sample")), "repetition_penalty"):
-        value = given.get(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6:
-            result[key] = value
-    return result
-
-
-def _is_id(value: object, rows: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows
 
 
 def _source(plan: Plan) -> dict[str, Any]:

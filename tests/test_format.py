@@ -190,7 +190,6 @@ MUTATIONS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "eos no list": (metadata("generation", lambda g: g.update(eos_token_ids=2)), "end tokens"),
     "eos outside": (metadata("generation", lambda g: g.update(eos_token_ids=[1 << 40])), "end tokens"),
     "bos outside": (metadata("generation", lambda g: g.update(bos_token_id=-1)), "bos_token_id"),
-    "generation holds a list": (metadata("generation", lambda g: g.update(top_k=[1])), "expected a number"),
     "tokenizer of another type": (metadata("tokenizer", lambda t: t.update(type="bpe")), "type 'bpe'"),
     "tokenizer pieces too many": (metadata("tokenizer", lambda t: t.update(pieces=1 << 20)), "pieces"),
     "tokenizer flag a string": (metadata("tokenizer", lambda t: t.update(add_bos="yes")), "add_bos"),

@@ -229,8 +229,9 @@ def test_held_out_text_decides(tiny_llama: Path, text: Path, tmp_path: Path, mon
     assert np.log(ratio) == pytest.approx(report.held_out["difference"], abs=1e-9)
     honest = gptq.solve
 
-    def spoiled(*arguments: Any) -> Any:
-        q, scales, mins = honest(*arguments)
+    def spoiled(weight: torch.Tensor, *more: Any) -> Any:
+        q, scales, mins = honest(weight, *more)
+        weight.mul_(8)  # what the rows decode to, which the file's own check compares
         return q, scales * 8, mins * 8  # logits that are sure of nonsense
 
     monkeypatch.setattr(gptq, "solve", spoiled)

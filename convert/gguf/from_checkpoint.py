@@ -16,8 +16,9 @@ from cnllama.errors import InputError
 from cnllama.templates import default_template
 
 from ..checkpoint import FloatArray
+from ..generation import generation_metadata
 from ..merge import MergedTensor
-from ..pack import Plan, generation_defaults
+from ..pack import Plan
 from .blocks import nearest
 from .container import GgmlType, GgufWriter, TensorInfo
 from .export import ROPE_FACTORS, gguf_name, rotary_order
@@ -50,7 +51,7 @@ def describe(plan: Plan, template: str | None = None) -> Unpacked:
         rows,
         files.model,
         files.settings(),
-        generation_defaults(plan),
+        generation_metadata(plan)[0],
         template or default_template(rows),
     )
 
