@@ -87,11 +87,27 @@ def special_tokens(special: Mapping[str, Any], config: Mapping[str, Any], direct
     return tokens
 
 
-def role_names(special: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str | None]:
-    """Role -> text of the token that has it, None where the files say that none has. Empty texts say nothing."""
+def role_names(
+    special: Mapping[str, Any], config: Mapping[str, Any], directory: Path
+) -> tuple[dict[str, str | None], list[str]]:
+    """(role -> text of the token that has it, None where the files say that none has; notices).
+
+    special, config: special_tokens_map.json and tokenizer_config.json. Empty texts say nothing.
+    """
     values = _merged(special, config)
-    names = {role: _content(values[role]) for role in ROLES if role in values}
-    return {role: name for role, name in names.items() if name is None or (isinstance(name, str) and name)}
+    names: dict[str, str | None] = {}
+    notices: list[str] = []
+    for role in ROLES:
+        said = [_content(source[role]) for source in (special, config) if role in source]
+        found = _content(values.get(role))
+        if said and (found is None or (isinstance(found, str) and found)):
+            names[role] = found
+        if len(said) == 2 and said[0] != said[1] and "" not in said:
+            notices.append(
+                f"{directory}: {role} is {said[0]!r:.40} in {SPECIAL} and {said[1]!r:.40} in {CONFIG}: {found!r:.40} "
+                "counts, as in transformers"
+            )
+    return names, notices
 
 
 def flags_to_store(text: str, flags: frozenset[str] | None, control: bool) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnllama.container import is_count, read_json
 from cnllama.sampling import GENERATION_NAMES, read_defaults
-from cnllama.templates import BOS, EOS, TEMPLATES
+from cnllama.templates import BOS, EOS, TEMPLATES, Template
 
 from .tokenizers import TokenizerFiles
 
@@ -108,9 +108,12 @@ def _sampling(path: Path, given: Mapping[str, Any], rows: int, notices: list[str
     return values
 
 
-def template_notices(files: TokenizerFiles, chosen: str, asked: bool) -> list[str]:
-    """What the user should know of the prompt template `chosen`. asked: whether it was named on the command line."""
-    template = TEMPLATES[chosen]
+def tokenizer_notices(files: TokenizerFiles, chosen: str, asked: bool) -> list[str]:
+    """What of the tokenizer is not as the user may think, with the prompt template `chosen`.
+
+    asked: whether the template was named on the command line.
+    """
+    where = files.file.parent
     notices = []
     if files.chat_template is not None and not asked:
         others = ", ".join(name for name in TEMPLATES if name != chosen)
@@ -118,15 +121,23 @@ def template_notices(files: TokenizerFiles, chosen: str, asked: bool) -> list[st
             f"{files.chat_template}: the checkpoint's own chat template is not read; the template {chosen!r} is used, "
             f"--template NAME chooses {others}"
         )
-    inner = [
-        p
-        for p in (*template.first[1:], *template.bare[1:], *template.later, *template.answer)
-        if not isinstance(p, str)
-    ]
-    words = [text for text, i in files.added.items() if i >= files.pieces and "special" not in files.stored_flags(text)]
-    if files.legacy is None and (words or any(p in (BOS, EOS) or files.id_of(p.name) is not None for p in inner)):
+    if files.legacy is None and _has_text_after_tokens(files, TEMPLATES[chosen]):
         notices.append(
-            f"{files.file.parent}: tokenizer_config.json does not say `legacy`: text after a token gets no space of "
-            'its own, as in transformers 5; write "legacy": true there for a model made with transformers before 4.31'
+            f"{where}: tokenizer_config.json does not say `legacy`: text after a token gets no space of its own, as in "
+            'transformers 5; write "legacy": true there for a model made with transformers before 4.31'
+        )
+    gaps = sorted(set(range(files.pieces, files.size)) - set(files.added.values()))
+    if gaps:
+        notices.append(
+            f"{where}: {len(gaps)} ids before the last added token have no text, the first is {gaps[0]}; the ids are "
+            "kept, transformers 5 would number the tokens without gaps"
         )
     return notices
+
+
+def _has_text_after_tokens(files: TokenizerFiles, template: Template) -> bool:
+    """Whether a prompt can have text after a token other than the first: there `legacy` counts."""
+    parts = (*template.first[1:], *template.bare[1:], *template.later, *template.answer)
+    tokens = [part for part in parts if not isinstance(part, str)]
+    words = [text for text, i in files.added.items() if i >= files.pieces and "special" not in files.stored_flags(text)]
+    return bool(words) or any(part in (BOS, EOS) or files.id_of(part.name) is not None for part in tokens)

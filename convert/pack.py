@@ -22,7 +22,7 @@ from cnllama.verify import Statistics
 from . import fingerprint, parity
 from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray, open_checkpoint
-from .generation import generation_metadata, template_notices
+from .generation import generation_metadata, tokenizer_notices
 from .merge import MergedTensor, check_adapter, check_base, is_tied, merge
 from .quantize.base import CalibrationError, Quantizer, Rtn, Work
 from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
@@ -312,10 +312,10 @@ def _quantization(scheme: str, table: Mapping[str, tuple[str, int, int]], rules:
 def _metadata(plan: Plan, template: str | None) -> dict[str, Any]:
     """What the header says before a weight is read; proves the tokenizer's parity on the way."""
     files = plan.vocabulary.tokenizer
-    settings = files.settings()
     chosen = template or default_template(plan.config["vocab_size"])
     generation, notices = generation_metadata(plan)
-    plan.notices.extend([*notices, *template_notices(files, chosen, template is not None)])
+    settings = files.settings(generation["eos_token_ids"])
+    plan.notices.extend([*notices, *tokenizer_notices(files, chosen, template is not None)])
     return {
         "config": plan.config,
         "template": chosen,

@@ -88,7 +88,9 @@ def _prefix(normalizer: object, pre_tokenizer: object) -> tuple[bool | None, boo
     for part in _parts(pre_tokenizer, "pretokenizers"):
         if part.get("type") == "Metaspace":
             scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
-            return {"always": (True, True), "first": (True, False), "never": (False, None)}.get(scheme, (None, None))
+            return {"always": (True, True), "first": (True, False), "never": (False, None)}.get(
+                str(scheme), (None, None)
+            )
     parts = _parts(normalizer, "normalizers")
     if any(part.get("type") == "Prepend" for part in parts):
         return True, True

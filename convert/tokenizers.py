@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -112,12 +112,13 @@ class TokenizerFiles:
         own = int(getattr(self.processor, role.replace("_token", "_id"))())
         return own if own >= 0 else None
 
-    def settings(self) -> dict[str, Any]:
-        """The `tokenizer` metadata of a .cnl."""
+    def settings(self, ends: Collection[int] = ()) -> dict[str, Any]:
+        """The `tokenizer` metadata of a .cnl. ends: ids that end an answer, which are control tokens."""
         prefix = self.add_prefix_space
         if prefix is None:
             prefix = self.processor.encode("a", out_type=str)[0].startswith("\u2581")
-        stored = {text: self.stored_flags(text) for text, i in self.added.items() if self._is_stored(text, i)}
+        flags = {text: self.stored_flags(text, i in ends) for text, i in self.added.items()}
+        stored = {text: flags[text] for text, i in self.added.items() if self._is_stored(i, flags[text])}
         result: dict[str, Any] = {
             "type": "sentencepiece",
             "add_bos": self.add_bos and not self._lacks("bos_token"),
@@ -138,18 +139,18 @@ class TokenizerFiles:
         """Whether the files say that no token has the role."""
         return role in self.names and self.names[role] is None
 
-    def stored_flags(self, text: str) -> tuple[str, ...]:
-        """The `token_flags` of a .cnl for an added token."""
+    def stored_flags(self, text: str, control: bool = False) -> tuple[str, ...]:
+        """The `token_flags` of a .cnl for an added token. control: what a user types must not become it."""
         i = self.added[text]
-        control = text in CONTROL_NAMES or text in self.names.values()
+        control = control or text in CONTROL_NAMES or text in self.names.values()
         return flags_to_store(text, self.flags.get(text), control or (i < self.pieces and self._is_control(i)))
 
-    def _is_stored(self, text: str, i: int) -> bool:
+    def _is_stored(self, i: int, flags: Collection[str]) -> bool:
         """Pieces that are added tokens too are only stored where that changes something."""
         if i >= self.pieces:
             return True
-        flags = set(self.stored_flags(text)) - {"normalized"}
-        return not self.processor.is_byte(i) and (flags != {"special"} or not self._is_control(i))
+        plain = set(flags) - {"normalized"} == {"special"} and self._is_control(i)
+        return not plain and not self.processor.is_byte(i)
 
     def _is_control(self, i: int) -> bool:
         return bool(self.processor.is_control(i) or self.processor.is_unknown(i))
@@ -178,7 +179,9 @@ def read_tokenizer(directory: Path, before: TokenizerFiles | None) -> TokenizerF
     for text, said in named.items():
         found = flags.get(text)
         flags[text] = said if found is None else found | {"special"}
-    result = replace(before, added=added, flags=flags, names={**before.names, **role_names(special, config)})
+    names, differing = role_names(special, config, directory)
+    notices += differing
+    result = replace(before, added=added, flags=flags, names={**before.names, **names})
     fresh = [text for text in named if result.id_of(text) is None and text not in before.unplaced]
     result = replace(
         result,

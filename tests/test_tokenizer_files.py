@@ -10,63 +10,19 @@ from typing import Any
 import models
 import pytest
 import sentencepiece
-from cnllama.convert.generation import template_notices
-from cnllama.convert.tokenizers import TokenizerFiles, read_tokenizer, with_additions
+from cnllama.convert.generation import tokenizer_notices
+from cnllama.convert.tokenizers import read_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_folder import ADDED, CONFIG, LLAMA, SPECIAL, TEXTS, WHOLE, Folder, entry, theirs
 
 from cnllama.errors import InputError
 from cnllama.tokenizer import Tokenizer
-
-CONFIG, ADDED, SPECIAL, WHOLE = (
-    "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.json"
-)  # fmt: skip
-LLAMA = {
-    "tokenizer_class": "LlamaTokenizer",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "legacy": False,
-    "add_bos_token": True,
-}
-
-
-def entry(text: str, special: bool = False, **flags: bool) -> dict[str, Any]:
-    """An added token as transformers writes it."""
-    plain = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": not special, "special": special}
-    return {"content": text} | plain | flags
 
 
 @pytest.fixture(scope="module")
 def size(tokenizer_model: bytes) -> int:
     return models.piece_count(tokenizer_model)
-
-
-class Folder:
-    """A tokenizer directory in the making."""
-
-    def __init__(self, path: Path, model: bytes | None) -> None:
-        self.path = path
-        path.mkdir()
-        if model is not None:
-            (path / "tokenizer.model").write_bytes(model)
-
-    def write(self, **files: Any) -> Folder:
-        """write(config={...}, added={...}, special={...}, whole={...})"""
-        names = {"config": CONFIG, "added": ADDED, "special": SPECIAL, "whole": WHOLE}
-        for key, value in files.items():
-            models.write_json(self.path / names[key], value)
-        return self
-
-    def read(self, before: TokenizerFiles | None = None) -> TokenizerFiles:
-        found = read_tokenizer(self.path, before)
-        assert found is not None
-        return found
-
-    def refusal(self, before: TokenizerFiles | None = None) -> str:
-        with pytest.raises(InputError) as caught:
-            read_tokenizer(self.path, before)
-        assert "\n" not in str(caught.value)
-        assert str(self.path) in str(caught.value)
-        return str(caught.value)
 
 
 @pytest.fixture
@@ -78,16 +34,6 @@ def folder(tmp_path: Path, tokenizer_model: bytes) -> Folder:
 def later(tmp_path: Path) -> Folder:
     """A directory that comes after, without a model of its own."""
     return Folder(tmp_path / "later", None)
-
-
-def theirs(folder: Folder) -> Any:
-    from transformers import AutoTokenizer
-
-    models.write_json(folder.path / "config.json", {"model_type": "llama"})
-    return AutoTokenizer.from_pretrained(folder.path)
-
-
-TEXTS = ["我们学习区块链和大模型", "区块链", "大模型hello区块链world", "x<|im_end|>y", "</s>x"]
 
 
 @pytest.mark.parametrize("legacy", [True, False, None])
@@ -167,6 +113,48 @@ def test_what_no_tokenizer_says_is_refused(folder: Folder, files: dict[str, Any]
     assert re.search(words if "|gives" in words else re.escape(words), folder.refusal())
 
 
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4)
+    | st.sampled_from(["<s>", "</s>", "[PAD]", "的", 2, 900, 901, 10**300, "\ud800", "Metaspace", "always", "Prepend"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=3) | st.sampled_from(
+        ["content", "id", "special", "lstrip", "vocab", "type", "single", "normalizers", "processors", "900", "1",
+         "prepend_scheme", "SpecialToken"]), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+KEYS = {
+    "config": ["added_tokens_decoder", "bos_token", "eos_token", "legacy", "chat_template", "add_bos_token",
+               "extra_special_tokens", "additional_special_tokens", "add_prefix_space"],
+    "added": ["[PAD]", "<s>", "的", "词语"],
+    "special": ["bos_token", "pad_token", "additional_special_tokens", "extra_special_tokens"],
+    "whole": ["added_tokens", "model", "normalizer", "pre_tokenizer", "post_processor"],
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_json_is_read_or_refused_in_one_sentence(
+    tokenizer_model: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    directory = tmp_path_factory.getbasetemp() / "any json"
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(tokenizer_model)
+    for name, file in (("config", CONFIG), ("added", ADDED), ("special", SPECIAL), ("whole", WHOLE)):
+        value = data.draw(st.dictionaries(st.sampled_from(KEYS[name]), ANYTHING, max_size=3))
+        (directory / file).write_text(json.dumps(value), encoding="ascii")
+    try:
+        files = read_tokenizer(directory, None)
+        assert files is not None
+        stored, _ = files.place(905)
+        json.dumps(stored.settings([2]))
+        tokenizer_notices(stored, "chatml", asked=False)
+        Tokenizer(stored.model, stored.settings()).encode("的[PAD]词语", special=True)
+        said = ""
+    except InputError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
 def test_the_file_that_transformers_reads_names_an_id(folder: Folder, size: int) -> None:
     """added_tokens.json is read only where tokenizer_config.json lists no tokens."""
     folder.write(added={"[PAD]": size}, config={"added_tokens_decoder": {str(size): entry("<|im_end|>", True)}})
@@ -192,6 +180,8 @@ def test_ids_with_gaps_stay(folder: Folder, size: int) -> None:
     files = folder.read()
     assert files.size == size + 6
     assert Tokenizer(files.model, files.settings()).encode("大模型")[-1] == size + 5
+    notices = tokenizer_notices(files, "raw", asked=True)
+    assert any(f"4 ids before the last added token have no text, the first is {size}" in n for n in notices)
 
 
 def test_words_and_control_tokens(folder: Folder, size: int) -> None:
@@ -205,12 +195,12 @@ def test_words_and_control_tokens(folder: Folder, size: int) -> None:
             },
             "pad_token": "补",
         },
-        added={"<x>": size + 2, "词语": size + 3, "补": size + 4},
+        added={"<x>": size + 2, "词语": size + 3, "补": size + 4, "完毕": size + 5},
     )
-    flags = folder.read().settings()["token_flags"]
+    flags = folder.read().settings(ends=[size + 5])["token_flags"]
     special = {text for text, said in flags.items() if "special" in said}
-    assert special == {"<|im_end|>", "<x>", "补"}
-    assert set(flags) == {"<tool>", "<|im_end|>", "<x>", "词语", "补"}
+    assert special == {"<|im_end|>", "<x>", "补", "完毕"}
+    assert set(flags) == {"<tool>", "<|im_end|>", "<x>", "词语", "补", "完毕"}
 
 
 def test_pieces_that_are_added_tokens_too(folder: Folder, tokenizer_model: bytes) -> None:
@@ -252,6 +242,16 @@ def test_who_has_a_role(folder: Folder, size: int, config: dict[str, Any], role:
     assert settings.get(f"{role}_id") == (size if expected == size and role != "pad_token" else None)
 
 
+@pytest.mark.parametrize("decoder", [True, False])
+def test_two_files_that_give_a_role_to_two_tokens(folder: Folder, decoder: bool) -> None:
+    """transformers reads special_tokens_map.json only where tokenizer_config.json lists no tokens."""
+    config = {**LLAMA, "eos_token": "<s>"} | ({"added_tokens_decoder": {"1": entry("<s>", True)}} if decoder else {})
+    files = folder.write(config=config, special={"eos_token": {"content": "</s>"}, "bos_token": "<s>"}).read()
+    assert files.role_id("eos_token") == theirs(folder).eos_token_id == (1 if decoder else 2)
+    (notice,) = files.notices
+    assert "eos_token is '</s>' in special_tokens_map.json and '<s>' in tokenizer_config.json" in notice
+
+
 def test_a_checkpoint_without_bos(folder: Folder) -> None:
     assert folder.write(config={"bos_token": None, "add_bos_token": True}).read().settings()["add_bos"] is False
     assert theirs(folder)("x").input_ids == theirs(folder)("x", add_special_tokens=False).input_ids
@@ -269,99 +269,6 @@ def test_an_end_token_after_every_text_is_said(folder: Folder) -> None:
     assert any("add_eos_token is true" in n for n in folder.write(config={"add_eos_token": True}).read().notices)
 
 
-# --- tokenizer.json
-
-
-def whole_of(folder: Folder, tokens: list[str] = ["区块链"], **config: Any) -> dict[str, Any]:  # noqa: B006
-    """The tokenizer.json that transformers 5 saves of the directory with these tokens added."""
-    folder.write(config=LLAMA | config)
-    tokenizer = theirs(folder)
-    tokenizer.add_tokens(tokens)
-    target = folder.path / "saved"
-    tokenizer.save_pretrained(target)
-    return dict(json.loads((target / WHOLE).read_text(encoding="utf-8")))
-
-
-def test_only_a_tokenizer_json_beside_the_model_elsewhere(folder: Folder, later: Folder, size: int) -> None:
-    later.write(whole=whole_of(folder), config={"tokenizer_class": "LlamaTokenizer", **LLAMA})
-    chosen = folder.read()
-    assert chosen.added == {}
-    files = with_additions(chosen, [later.path])
-    assert files.added["区块链"] == size
-    ours, judge = Tokenizer(files.model, files.settings()), theirs(later)
-    for text in TEXTS:
-        assert ours.encode(text, bos=True, special=True) == judge(text).input_ids
-
-
-@pytest.mark.parametrize("change", ["another", "missing", "more", "first"])
-def test_a_tokenizer_json_of_another_model(folder: Folder, later: Folder, size: int, change: str) -> None:
-    whole = whole_of(folder)
-    vocabulary = {i: text for text, i in whole["model"]["vocab"].items()}
-    assert len(vocabulary) == size
-    i = {"another": 700, "missing": size - 1, "more": size + 1, "first": 0}[change]
-    old = vocabulary.pop(i, None)
-    if change != "missing":
-        vocabulary[i] = "anders"
-    whole["model"] |= {"vocab": {text: i for i, text in vocabulary.items()}, "merges": []}
-    later.write(whole=whole)
-    found = later.refusal(folder.read())
-    said = None if change == "missing" else "anders"
-    assert f"its id {i} is {said!r}, but {old!r} in" in found
-    assert "--tokenizer DIR" in found
-
-
-def test_an_older_tokenizer_json_beside_the_model_is_said(folder: Folder, size: int) -> None:
-    """A merged vocabulary whose tokenizer.json still is the base's."""
-    whole = whole_of(folder)
-    vocabulary = {text: i for text, i in whole["model"]["vocab"].items() if i < size - 50}
-    files = folder.write(whole={"model": {"type": "BPE", "vocab": vocabulary}}).read()
-    assert any(f"has {size - 50} pieces and tokenizer.model {size}" in notice for notice in files.notices)
-    first = next(text for text, i in vocabulary.items() if i == 300)
-    del vocabulary[first]
-    folder.write(whole={"model": {"vocab": vocabulary | {"anders": 300}}})
-    assert f"its id 300 is 'anders', but {first!r}" in folder.refusal()
-
-
-@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
-def test_both_kinds_of_vocabulary_are_read(folder: Folder, later: Folder, size: int, kind: str) -> None:
-    pieces = [folder.read().text_of(i) for i in range(size)]
-    vocabulary: Any = {text: i for i, text in enumerate(pieces)} if kind == "BPE" else [[text, -1.5] for text in pieces]
-    later.write(whole={"model": {"type": kind, "vocab": vocabulary}, "added_tokens": [{"id": size} | entry("词语")]})
-    assert later.read(folder.read()).added == {"词语": size}
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("prefix", [True, False])
-@pytest.mark.parametrize("bos", [True, False])
-def test_what_a_tokenizer_json_says_of_spaces_and_bos(
-    folder: Folder, later: Folder, legacy: bool, prefix: bool, bos: bool
-) -> None:
-    """transformers 5 writes these habits nowhere else."""
-    later.write(whole=whole_of(folder, legacy=legacy, add_prefix_space=prefix, add_bos_token=bos))
-    settings = later.read(TokenizerFiles(folder.path, (folder.path / "tokenizer.model").read_bytes())).settings()
-    assert (settings["add_bos"], settings["add_dummy_prefix"]) == (bos, prefix)
-    assert not prefix or settings["legacy"] is legacy
-
-
-def test_normalizers_of_transformers_4(folder: Folder, later: Folder) -> None:
-    prepend, replace = (
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "content": "▁", "pattern": {"String": " "}},
-    )
-    before = folder.read()
-    later.write(whole={"normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}})
-    assert (later.read(before).add_prefix_space, later.read(before).legacy) == (True, True)
-    later.write(whole={"normalizer": replace, "pre_tokenizer": None})
-    assert later.read(before).add_prefix_space is False
-
-
-def test_two_files_that_say_whether_bos_is_added(folder: Folder, later: Folder) -> None:
-    later.write(whole=whole_of(folder, add_bos_token=True), config={"add_bos_token": False})
-    files = later.read(folder.read())
-    assert files.add_bos is True
-    assert any("says add_bos_token false, tokenizer.json true" in notice for notice in files.notices)
-
-
 # --- templates
 
 
@@ -372,20 +279,20 @@ def test_a_chat_template_of_the_checkpoint_is_named(folder: Folder, later: Folde
         path.write_text("{{ messages }}")
         files = later.read(folder.read())
         assert files.chat_template == path
-        (notice,) = template_notices(files, "raw", asked=False)[:1]
+        (notice,) = tokenizer_notices(files, "raw", asked=False)[:1]
         assert str(path) in notice
         assert "template 'raw' is used, --template NAME chooses alpaca, alpaca-2, chatml" in notice
         path.unlink()
     assert later.write(config={"chat_template": "{{ x }}"}).read(folder.read()).chat_template == later.path / CONFIG
     files = later.write(config={"chat_template": [{"name": "default", "template": "x"}]}).read(folder.read())
-    assert template_notices(files, "chatml", asked=True) == [
-        n for n in template_notices(files, "chatml", True) if "legacy" in n
+    assert tokenizer_notices(files, "chatml", asked=True) == [
+        n for n in tokenizer_notices(files, "chatml", True) if "legacy" in n
     ]
 
 
 def test_what_legacy_would_change_is_said_where_no_file_tells(folder: Folder, size: int) -> None:
     said = {
-        (legacy, template, word): any("legacy" in n for n in template_notices(files, template, asked=True))
+        (legacy, template, word): any("legacy" in n for n in tokenizer_notices(files, template, asked=True))
         for legacy in (None, True, False)
         for word in (False, True)
         for files in [

@@ -45,13 +45,14 @@ class Unpacked:
 def describe(plan: Plan, template: str | None = None) -> Unpacked:
     """What the metadata of a plan's file are made from. template None: by the size of the vocabulary, as `convert`."""
     files, rows = plan.vocabulary.tokenizer, plan.config["vocab_size"]
+    generation, _ = generation_metadata(plan)
     return Unpacked(
         plan.checkpoint.directory.resolve(),
         plan.config,
         rows,
         files.model,
-        files.settings(),
-        generation_metadata(plan)[0],
+        files.settings(generation["eos_token_ids"]),
+        generation,
         template or default_template(rows),
     )
 
