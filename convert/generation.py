@@ -126,11 +126,12 @@ def tokenizer_notices(files: TokenizerFiles, chosen: str, asked: bool) -> list[s
             f"{where}: tokenizer_config.json does not say `legacy`: text after a token gets no space of its own, as in "
             'transformers 5; write "legacy": true there for a model made with transformers before 4.31'
         )
-    gaps = sorted(set(range(files.pieces, files.size)) - set(files.added.values()))
-    if gaps:
+    ids = sorted(i for i in files.added.values() if i >= files.pieces)
+    gap = next((i for i, found in enumerate(ids, files.pieces) if found != i), None)
+    if gap is not None:
         notices.append(
-            f"{where}: {len(gaps)} ids before the last added token have no text, the first is {gaps[0]}; the ids are "
-            "kept, transformers 5 would number the tokens without gaps"
+            f"{where}: {files.size - files.pieces - len(ids)} ids before the last added token have no text, the first "
+            f"is {gap}; the ids are kept, transformers 5 would number the tokens without gaps"
         )
     return notices
 

@@ -108,9 +108,8 @@ class _Original:
 
 def _cut(text: str, tokens: Mapping[str, AddedToken], special: bool) -> list[str | AddedToken]:
     """The text in parts, ordinary and tokens. Of several names at one place the longest counts."""
-    if not tokens:
-        return [text]
-    pattern = re.compile("|".join(re.escape(name) for name in sorted(tokens, key=len, reverse=True)))
+    names = sorted((name for name in tokens if name in text), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
     parts: list[str | AddedToken] = []
     at = 0
     for match in pattern.finditer(text):
