@@ -119,3 +119,25 @@ def test_two_files_that_say_whether_bos_is_added(folder: Folder, later: Folder) 
     files = later.read(folder.read())
     assert files.add_bos is True
     assert any("says add_bos_token false, tokenizer.json true" in notice for notice in files.notices)
+
+
+def test_a_conversion_with_the_model_elsewhere(folder: Folder, size: int, tmp_path: Path) -> None:
+    """The added token of tokenizer.json has the last row; a tokenizer.json of another model names an id."""
+    from cnllama.convert.pack import convert, make_plan
+
+    from cnllama import LLM
+    from cnllama.errors import InputError
+
+    base = models.make_llama(tmp_path / "llama", (folder.path / "tokenizer.model").read_bytes(), vocab_size=size + 1)
+    whole = whole_of(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (base / name).unlink()
+    models.write_json(base / WHOLE, whole)
+    convert(base, [], tmp_path / "x.cnl", tokenizer=folder.path)
+    with LLM(tmp_path / "x.cnl", ctx=64) as llm:
+        assert llm.tokenize("区块链")[-1] == size
+    text = next(text for text, i in whole["model"]["vocab"].items() if i == 5)
+    whole["model"]["vocab"]["anders"] = whole["model"]["vocab"].pop(text)
+    models.write_json(base / WHOLE, whole)
+    with pytest.raises(InputError, match=f"its id 5 is 'anders', but {text!r} in"):
+        make_plan(base, tokenizer=folder.path)
