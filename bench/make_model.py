@@ -25,6 +25,7 @@ from cnllama.convert import fingerprint, parity
 from cnllama.convert.facts import from_hf
 from cnllama.convert.gguf import export as gguf
 from cnllama.convert.gguf.blocks import BLOCK, PANEL_ROWS, spans, split
+from cnllama.convert.selfcheck import check_written
 from cnllama.convert.tokenizers import TokenizerFiles, load_sentencepiece
 from make_checkpoint import GROWN_VOCAB, SHAPES, pad_pieces
 from tiny_checkpoint import sample_lines, train_tokenizer
@@ -212,7 +213,7 @@ def write_cnl(path: Path, shape: str, scheme: str, tokenizer: TokenizerFiles, se
             records[name] = fingerprint.record(statistics, 0.0)
             progress.update(stored_bytes(kind, rows, cols))
         writer.write_padded(TOKENIZER, tokenizer.model)
-        writer.finish({"fingerprint": {"tensors": records}})
+        writer.finish({"fingerprint": {"tensors": records}}, check_written(path))
 
 
 def make_model(

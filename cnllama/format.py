@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cnllama import _core
+from cnllama.added_tokens import FLAGS, MAX_LENGTH
 from cnllama.config import check_config, expected_tensors
 from cnllama.container import Bytes, Entry, SafetensorsFile, TensorWriter, is_count, parse_json, round_up
 from cnllama.errors import CnllamaError
+from cnllama.sampling import read_defaults
 
 FORMAT, VERSION = "cnl", "1"
 ALIGNMENT = 64
@@ -111,10 +113,13 @@ class CnlFile:
         """Name -> (bytes, scheme, rows, cols) of every tensor the engine reads."""
         return {name: (t.data, t.scheme, t.rows, t.cols) for name, t in self.tensors.items() if t.scheme != "raw"}
 
-    def release(self, name: str) -> None:
-        """Drops the pages of a tensor from memory; reading it again brings them back."""
-        entry = self._file.entries[name]
-        self._file.release(entry.begin, entry.end)
+    def release(self, name: str | None = None) -> None:
+        """Drops the pages of a tensor, or of all, from memory; reading them again brings them back."""
+        if name is None:
+            self._file.release(self._file.data_begin, self.size)
+        else:
+            entry = self._file.entries[name]
+            self._file.release(entry.begin, entry.end)
 
     def data_chunks(self, size: int = 1 << 24) -> Iterator[Bytes]:
         """The data area in pieces, dropped from memory once read: for hashing files larger than the memory."""
@@ -216,11 +221,6 @@ class CnlFile:
         bos = self.generation.get("bos_token_id")
         if bos is not None and not is_count(bos, 0, self.vocab_size - 1):
             self.refuse(f"bos_token_id is {bos!r:.40}", f"expected an id under {self.vocab_size} or null")
-        for key, value in self.generation.items():
-            if key in ("eos_token_ids", "bos_token_id"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e9 < value < 1e9:
-                self.refuse(f"the generation default {key!r:.40} is {value!r:.40}", "expected a number")
 
     def _check_tokenizer(self) -> None:
         settings, entry = self.tokenizer, self.tensors[TOKENIZER]
@@ -232,13 +232,30 @@ class CnlFile:
                 self.refuse(f"the tokenizer's {key} is {settings.get(key)!r:.40}, expected true or false", mend)
         if not is_count(settings.get("pieces"), 1, self.vocab_size):
             self.refuse(f"the tokenizer has {settings.get('pieces')!r:.40} pieces for {self.vocab_size} rows", mend)
+        if not isinstance(settings.get("legacy", True), bool):
+            self.refuse(f"the tokenizer's legacy is {settings['legacy']!r:.40}, expected true or false", mend)
         added = settings.get("added_tokens")
         if not isinstance(added, dict) or not all(is_count(i, 0, self.vocab_size - 1) for i in added.values()):
             self.refuse(f"the added tokens are {added!r:.80}, expected ids under {self.vocab_size}", mend)
         if len(set(added.values())) != len(added) or not all(map(_is_text, added)):
-            self.refuse("two added tokens share one id, or one has no text", mend)
+            self.refuse("two added tokens share one id, or one has no text or more than it may", mend)
+        self._check_token_flags(settings.get("token_flags", {}), added)
+        for key in ("bos_token_id", "eos_token_id"):
+            i = settings.get(key, 0)
+            if not is_count(i, 0, self.vocab_size - 1) or (i >= settings["pieces"] and i not in added.values()):
+                self.refuse(f"the tokenizer's {key} is {i!r:.40}, which has no text", mend)
         if hashlib.sha256(entry.data[: entry.rows].data).hexdigest() != settings.get("sha256"):
             self.refuse("the tokenizer does not match its hash", "the file is damaged, get it again")
+
+    def _check_token_flags(self, flags: object, added: Mapping[str, int]) -> None:
+        if not isinstance(flags, dict) or not set(flags) <= set(added):
+            self.refuse(f"the token flags are {flags!r:.80}, expected some for added tokens", "convert again")
+        for text, names in flags.items():
+            if not isinstance(names, list) or not all(isinstance(n, str) and n in FLAGS for n in names):
+                self.refuse(
+                    f"the flags of the added token {text!r:.40} are {names!r:.80}, expected some of {', '.join(FLAGS)}",
+                    "update cnllama or convert again",
+                )
 
     def _check_fingerprint(self) -> None:
         mend = "the file is damaged, convert again"
@@ -261,8 +278,8 @@ def header_hash(header: bytes) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """Not empty and free of lone surrogates, which JSON can spell."""
-    return bool(value) and value.encode("utf-8", "replace").decode() == value
+    """Neither empty nor endless, and free of lone surrogates, which JSON can spell."""
+    return 0 < len(value) <= MAX_LENGTH and value.encode("utf-8", "replace").decode() == value
 
 
 class CnlWriter(TensorWriter):
@@ -288,11 +305,17 @@ class CnlWriter(TensorWriter):
         data = data.tobytes() if isinstance(data, np.ndarray) else data
         self.write(name, data + bytes(self._sizes[name] - len(data)))
 
-    def finish(self, updates: Mapping[str, Any]) -> str:
-        """Adds metadata, writes the header, syncs and renames. Returns the content hash."""
+    def finish(self, updates: Mapping[str, Any], check: Callable[[Path], None] | None = None) -> str:
+        """Adds metadata, writes the header, syncs and renames. Returns the content hash.
+
+        check: called with the temporary name of the whole file; what it raises leaves no file.
+        """
         self._check_complete()
         content = self._content.hexdigest()
         self._metadata.update(updates)
+        _, unusable = read_defaults(self._metadata.get("generation", {}))
+        if unusable:
+            raise CnllamaError(f"{self.path}: no run could use its sampling defaults: {'; '.join(unusable.values())}")
         self._metadata["fingerprint"] = {**self._metadata["fingerprint"], "content_sha256": content}
         room = self._data_begin - 8
         header = _header(self._metadata, self._table, _ZERO_HASH)
@@ -301,6 +324,8 @@ class CnlWriter(TensorWriter):
         header += b" " * (room - len(header))
         header = _HASH.sub(f'"header_sha256":"{header_hash(header)}"'.encode(), header)
         self._output.write(room.to_bytes(8, "little") + header, 0)
+        if check is not None:
+            check(self._output.temporary)
         self._output.commit()
         return content
 

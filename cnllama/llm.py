@@ -20,7 +20,7 @@ from cnllama.errors import CnllamaError, InputError
 from cnllama.format import open_cnl
 from cnllama.plan import Plan, make_plan, refuse_unless_fits, trained_length
 from cnllama.request import Completion, Request
-from cnllama.sampling import SamplingParams
+from cnllama.sampling import SamplingParams, file_defaults
 from cnllama.scheduler import Scheduler, SlotPool
 from cnllama.templates import Message, Template, encode_chat, get_template
 from cnllama.textio import tr
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Sequence[Message]
 Progress = Callable[[int, int], None]
-
-# generation_config.json's names for what SamplingParams calls otherwise.
-_GENERATION_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
-_GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
-_INTEGERS = ("top_k", "max_tokens")
 
 
 def bundled_model() -> Path:
@@ -94,7 +89,8 @@ class LLM:
     instead of the file's own. speculate: "lookup" guesses tokens from what the prompt and the answer said before and
     runs several in one step; the answers are the same, token for token, and those that quote or repeat come faster. The
     attribute of that name may be changed; it holds for requests made afterwards. device: "cuda" for an NVIDIA GPU; the
-    answers are the same.
+    answers are the same. `defaults` are the parameters of a request that sets none; `unusable_defaults` says, by
+    parameter, which of the file's values are not among them.
 
     Raises InputError for a file that is not sound, an option out of range and a model that does not fit into memory.
     """
@@ -135,7 +131,7 @@ class LLM:
             sequences=max_sequences,
             available=gpu_memory() if self.device == "cuda" else None,
         )
-        refuse_unless_fits(self.plan, self.path)
+        self._refuse_unless_fits()
         self.context = self.plan.context
         self._warn_long_context()
         self.engine = self._open_engine(threads, kv_type, max_sequences)
@@ -145,7 +141,7 @@ class LLM:
         )
         self._ends = self._end_tokens()
         self._silent = [i for i in range(self.tokenizer.pieces, self.vocab_size) if not self.tokenizer.has(i)]
-        self.defaults: SamplingParams = self._default_params()
+        self.defaults, self.unusable_defaults = file_defaults(self.template.sampling, self.file.generation)
         self.load_seconds = time.perf_counter() - begin
 
     def stream(
@@ -279,20 +275,16 @@ class LLM:
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
         if params is None:
             greedy = changes.get("temperature") == 0
+            if not greedy:
+                self._warn_unusable_defaults(changes)
             params = SamplingParams(max_tokens=self.defaults.max_tokens) if greedy else self.defaults
         return params.with_changes(**changes)
 
-    def _default_params(self) -> SamplingParams:
-        values = dict(self.template.sampling)
-        for key in _GENERATION_KEYS:
-            if key in self.file.generation:
-                name = _GENERATION_NAMES.get(key, key)
-                value = self.file.generation[key]
-                values[name] = int(value) if name in _INTEGERS else value
-        try:
-            return SamplingParams(**values)
-        except InputError as error:
-            raise InputError(f"{self.path}: the file's sampling defaults cannot be used: {error}") from error
+    def _warn_unusable_defaults(self, changes: Mapping[str, Any]) -> None:
+        """Once for each value of the file that would have counted here."""
+        for name in [name for name in self.unusable_defaults if name not in changes]:
+            problem = self.unusable_defaults.pop(name)
+            warnings.warn(f"{self.path}: among the file's sampling defaults {problem}", stacklevel=4)
 
     def _end_tokens(self) -> tuple[int, ...]:
         ends = [int(i) for i in self.file.generation.get("eos_token_ids", [])]
@@ -300,6 +292,9 @@ class LLM:
             ends = [self.tokenizer.eos_id]
         named = (self.tokenizer.special_id(name) for name in self.template.stop_tokens)
         return tuple(dict.fromkeys([*ends, *(i for i in named if i is not None)]))
+
+    def _refuse_unless_fits(self) -> None:
+        refuse_unless_fits(self.plan, self.path)
 
     def _open_engine(self, threads: int, kv_type: str, max_sequences: int) -> Any:
         try:

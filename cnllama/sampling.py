@@ -4,11 +4,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cnllama.errors import InputError
+
+# generation_config.json's names, which are those of a .cnl's `generation` metadata, and SamplingParams'.
+GENERATION_NAMES = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+    "max_new_tokens": "max_tokens",
+}
+_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_LARGEST_COUNT, _LARGEST = 2**31 - 1, 1e6
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,69 @@ class SamplingParams:
         return replace(self, **changes)
 
 
+def read_defaults(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(usable values, parameter -> sentence on one that is not) of what a file says under GENERATION_NAMES' names.
+
+    Every form of "off" that tools write is understood: null, a top_k of 0, -1 or more than there can be, a
+    repetition_penalty of 0, a max_new_tokens of 0 or -1, which is left out. Numbers may be written as text.
+    """
+    values: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for key, name in GENERATION_NAMES.items():
+        if key not in given:
+            continue
+        try:
+            found = _default(key, given[key])
+            SamplingParams(**{GENERATION_NAMES[k]: value for k, value in found.items()})
+        except InputError as error:
+            problems[name] = f"{str(error).replace(name, key, 1)}: ignored"
+        else:
+            values |= found
+    return values, problems
+
+
+def _default(key: str, value: object) -> dict[str, Any]:
+    """{name: value in SamplingParams' sense} of one value of a file, empty where it says nothing."""
+    number = _number_in(value)
+    if value is None:
+        return {key: _OFF[key]} if key in _OFF else {}
+    if number is None:
+        raise InputError(f"{key} is {value!r:.40}, expected a number")
+    if key == "max_new_tokens":
+        return {} if number in (-1, 0) or number > _LARGEST_COUNT else {key: number}
+    if key == "top_k" and (number == -1 or number > _LARGEST_COUNT):
+        return {key: 0}
+    if key == "top_p" and number == 0:
+        return {"top_k": 1}  # only the most likely token is left, as in transformers
+    if key == "repetition_penalty" and number == 0:
+        return {key: 1.0}
+    if abs(number) > _LARGEST and not (key == "top_k" and number > 0):
+        raise InputError(f"{key} is {value!r:.40}, expected at most {_LARGEST:,.0f}")
+    return {key: number}
+
+
+def _number_in(value: object) -> int | float | None:
+    """A finite number, whole ones as int; None for what is none."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        return None
+    return int(value) if value == int(value) and abs(value) < _LARGEST_COUNT else value
+
+
+def file_defaults(template: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[SamplingParams, dict[str, str]]:
+    """(the parameters of a request that sets none, parameter -> sentence on a value that cannot be used).
+
+    template: a Template's `sampling`. generation: the metadata of a .cnl, whose usable values come before those.
+    """
+    values, problems = read_defaults(generation)
+    named = {GENERATION_NAMES[key]: value for key, value in values.items()}
+    return SamplingParams(**{**template, **named}), problems
+
+
 def _tuple(name: str, values: Iterable[Any], kind: type) -> tuple[Any, ...]:
     try:
         items = tuple(values)
@@ -84,7 +159,7 @@ def _number(
     high: float | None = None,
 ) -> None:
     value = getattr(params, name)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
     good = good and (low is None or value >= low) and (above is None or value > above)
     good = good and (high is None or value <= high)
     if not good:

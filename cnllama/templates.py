@@ -109,6 +109,14 @@ TEMPLATES: dict[str, Template] = {
     )
 }
 
+# Tokens of the templates besides "bos" and "eos": what a user types never becomes one.
+CONTROL_NAMES = frozenset(
+    part.name
+    for template in TEMPLATES.values()
+    for part in (*template.first, *template.bare, *template.later, *template.answer)
+    if isinstance(part, Token) and part not in (BOS, EOS)
+)
+
 
 def get_template(name: str) -> Template:
     """The template called `name`. Raises InputError that lists all of them."""
@@ -146,20 +154,20 @@ def encode_chat(template: Template, tokenizer: Tokenizer, messages: Sequence[Mes
 
 
 def _encode_parts(tokenizer: Tokenizer, parts: Sequence[tuple[str | Token, dict[str, str]]]) -> list[int]:
-    ids: list[int] = []
-    text = ""
+    begin: list[int] = []
+    following: list[str | int] = []
     for part, values in parts:
         if isinstance(part, str):
-            text += _fill(part, values)
+            following.append(_fill(part, values))
             continue
         token = _resolve(tokenizer, part)
         if token is None:
-            text += part.name if part not in (BOS, EOS) else ""
-            continue
-        ids += tokenizer.encode(text)
-        ids.append(token)
-        text = ""
-    return ids + tokenizer.encode(text)
+            following.append(part.name if part not in (BOS, EOS) else "")
+        elif part == BOS and not begin and not following:
+            begin.append(token)  # the tokenizer's own: the text after it is the start of the text
+        else:
+            following.append(token)
+    return begin + tokenizer.encode_parts(following)
 
 
 def _resolve(tokenizer: Tokenizer, token: Token) -> int | None:

@@ -3,67 +3,82 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
+from cnllama.added_tokens import MARKER, SPACES, AddedToken, AddedTokens
 from cnllama.errors import InputError
+from cnllama.sentencepiece_model import as_control, with_dummy_prefix
 
 SPACE = "\u2581"
 REPLACEMENT = "\ufffd"
-_MARKER = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 
 
 class Tokenizer:
     """A SentencePiece model with the checkpoint's added tokens.
 
-    model: the bytes of `tokenizer.model`. settings: the `tokenizer` metadata of a .cnl, of which `add_bos`,
-    `add_dummy_prefix` and `added_tokens` (text -> id) are read. Raises InputError when the model cannot be read.
+    model: the bytes of `tokenizer.model`. settings: the `tokenizer` metadata of a .cnl (docs/format.md), of which
+    `add_bos`, `add_dummy_prefix`, `legacy`, `bos_token_id`, `eos_token_id`, `added_tokens` (text -> id) and
+    `token_flags` are read. Raises InputError when the model cannot be read.
     """
 
     def __init__(self, model: bytes, settings: Mapping[str, Any] | None = None) -> None:
-        import sentencepiece
-
         settings = settings or {}
         dummy_prefix = settings.get("add_dummy_prefix")
-        if dummy_prefix is not None:
-            # A repeated field of a serialized message is merged into the first: this sets
-            # normalizer_spec.add_dummy_prefix and leaves the rest alone.
-            model = model + bytes([0x1A, 2, 0x18, bool(dummy_prefix)])
-        try:
-            if not model:
-                raise ValueError("it is empty")
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except Exception as error:
-            reason = " ".join(str(error).split())  # SentencePiece quotes the damaged bytes, line breaks and all
-            raise InputError(
-                f"the tokenizer is not a SentencePiece model ({reason}): "
-                "convert again with the original tokenizer.model"
-            ) from error
+        self._model = model if dummy_prefix is None or not model else with_dummy_prefix(model, bool(dummy_prefix))
+        self._sp = _load(self._model)
         self.pieces = int(self._sp.get_piece_size())
-        self.bos_id = int(self._sp.bos_id())
-        self.eos_id = int(self._sp.eos_id())
-        self.add_bos = bool(settings.get("add_bos", True)) and self.bos_id >= 0
         self.added_tokens = {str(text): int(i) for text, i in settings.get("added_tokens", {}).items()}
-        self._added_text = {i: text for text, i in self.added_tokens.items() if i >= self.pieces}
+        flags = settings.get("token_flags", {})
+        self._added = [AddedToken.stored(text, i, flags.get(text)) for text, i in self.added_tokens.items()]
+        self._added_by_id = {token.id: token for token in self._added}
+        self._keep_control_pieces_out_of_text()
+        self.bos_id = int(settings.get("bos_token_id", self._sp.bos_id()))
+        self.eos_id = int(settings.get("eos_token_id", self._sp.eos_id()))
+        self.add_bos = bool(settings.get("add_bos", True)) and self.bos_id >= 0
+        self.legacy = bool(settings.get("legacy", True))
         probe = "".join(self._sp.encode("a  a", out_type=str))
         self.strips_space = probe.startswith(SPACE)
         self.removes_extra_spaces = SPACE * 2 not in probe
+        self._found_in_any_text = any(not token.special for token in self._added)
         self._surfaces: dict[int, _Surface] = {}
-        self._special_pattern: re.Pattern[str] | None = None
 
     @property
     def size(self) -> int:
         """One more than the largest id that has a text."""
-        return max([self.pieces, *(i + 1 for i in self._added_text)])
+        return max([self.pieces, *(i + 1 for i in self._added_by_id)])
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
-        """Ids of `text`. With `special`, the names of control and added tokens in it become their ids; otherwise they
-        are ordinary text, so that what a user types never becomes a control token. Raises InputError for text that is
-        not Unicode (lone surrogates).
+        """Ids of `text`. With `special`, the names of control and added tokens in it become their ids; otherwise only
+        those of tokens that were added as words do, so that what a user types never becomes a control token. Raises
+        InputError for text that is not Unicode (lone surrogates).
         """
-        ids = self._encode_special(text) if special else self._encode_plain(text)
+        ids = self._encode(text, special, True)
         return [self.bos_id] * (bos and self.bos_id >= 0) + ids + [self.eos_id] * (eos and self.eos_id >= 0)
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Ids of texts, each as a user types it, with control tokens, given as ids, between them.
+
+        They are those of the one text in which the tokens' names stand for the ids: what white space a token takes
+        from its neighbours and whether the text after it begins with a space of its own is as the checkpoint says.
+        """
+        joined: list[str | int] = []
+        for part in parts:
+            if isinstance(part, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += part
+            else:
+                joined.append(part)
+        ids: list[int] = []
+        for i, part in enumerate(joined):
+            if not isinstance(part, str):
+                ids.append(part)
+                continue
+            before, after = (self._neighbour(joined, j) for j in (i - 1, i + 1))
+            text = part.lstrip(SPACES) if before and before.rstrip else part
+            text = text.rstrip(SPACES) if after and after.lstrip else text
+            ids += self._encode(text, False, i == 0)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: what a stream of them gives. Control tokens have none; see StreamDecoder."""
@@ -80,15 +95,20 @@ class Tokenizer:
             return self.added_tokens[name]
         i = int(self._sp.piece_to_id(name))
         plain = self._sp.is_unknown(i) or self._sp.is_byte(i) or self._sp.id_to_piece(i) != name
-        return i if not plain and _MARKER.fullmatch(name) else None
+        return i if not plain and MARKER.fullmatch(name) else None
 
     def piece(self, token: int) -> str:
         """The token's piece as the vocabulary spells it, for display. Raises InputError for an id without one."""
-        return self._added_text[token] if token in self._added_text else str(self._sp.id_to_piece(self._check(token)))
+        added = self._added_by_id.get(token)
+        return added.text if added else str(self._sp.id_to_piece(self._check(token)))
 
     def has(self, token: int) -> bool:
         """Whether the id has a text: rows of padding do not."""
-        return 0 <= token < self.pieces or token in self._added_text
+        return 0 <= token < self.pieces or token in self._added_by_id
+
+    def added(self, token: int) -> AddedToken | None:
+        """What the checkpoint says of the added token with this id, None when it is none."""
+        return self._added_by_id.get(token)
 
     def surface(self, token: int) -> _Surface:
         """How a token decodes. Raises InputError for an id without a text."""
@@ -98,9 +118,11 @@ class Tokenizer:
         return found
 
     def _make_surface(self, token: int) -> _Surface:
-        if token in self._added_text:
-            text = self._added_text[token]
-            return _Surface("" if _MARKER.fullmatch(text) else text, None, False)
+        added = self._added_by_id.get(token)
+        if added is not None and (token >= self.pieces or not added.special):
+            # Where every text between tokens begins with a space of its own, that one is not part of the text.
+            begins_text = self.legacy and not added.special
+            return _Surface(added.text if added.shown else "", None, False, begins_text)
         sp = self._sp
         self._check(token)
         piece = str(sp.id_to_piece(token))
@@ -117,35 +139,75 @@ class Tokenizer:
             raise InputError(f"token id {token} is not in the tokenizer, whose ids are 0 to {self.size - 1}")
         return token
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _keep_control_pieces_out_of_text(self) -> None:
+        """SentencePiece finds user-defined pieces in every text, also those that the checkpoint calls special."""
+        ids = [t.id for t in self._added if t.special and t.id < self.pieces and not self._sp.is_control(t.id)]
+        if ids:
+            self._model = as_control(self._model, ids)
+            self._sp = _load(self._model)
+
+    def _neighbour(self, parts: Sequence[str | int], index: int) -> AddedToken | None:
+        part = parts[index] if 0 <= index < len(parts) else ""
+        return None if isinstance(part, str) else self._added_by_id.get(part)
+
+    def _encode(self, text: str, special: bool, at_start: bool) -> list[int]:
+        """Ids of a text that begins the whole one or, not at_start, follows a token."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the text is not valid Unicode at character {error.start}: decode it as UTF-8 or GBK first"
             ) from error
-        return [int(i) for i in self._sp.encode(text)] if text else []
-
-    def _encode_special(self, text: str) -> list[int]:
-        if self._special_pattern is None:
-            controls = [self._sp.id_to_piece(i) for i in range(min(self.pieces, 16)) if self._sp.is_control(i)]
-            names = sorted({*controls, *self.added_tokens}, key=len, reverse=True)
-            self._special_pattern = re.compile("(" + "|".join(re.escape(n) for n in names) + ")" if names else "(?!)")
+        if not special and not self._found_in_any_text:
+            return self._encode_plain(text, at_start)
         ids: list[int] = []
-        for i, part in enumerate(self._special_pattern.split(text)):
-            if i % 2 == 0:
-                ids += self._encode_plain(part)
-            else:
-                ids.append(self.added_tokens.get(part, int(self._sp.piece_to_id(part))))
+        for begin, end, token in self._tokens_in_text.split(text, special):
+            ids += [token.id] if token else self._encode_plain(text[begin:end], at_start and begin == 0)
         return ids
+
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
+        """transformers' `legacy`: whether a text after a token begins with a space of its own, as at the start."""
+        if not text:
+            return []
+        processor = self._sp if at_start or self.legacy or not self.strips_space else self._without_prefix
+        return [int(i) for i in processor.encode(text)]
+
+    @cached_property
+    def _without_prefix(self) -> Any:
+        return _load(with_dummy_prefix(self._model, False))
+
+    @cached_property
+    def _tokens_in_text(self) -> AddedTokens:
+        """The added tokens, and the control pieces that are none."""
+        ids = [i for i in range(self.pieces) if self._sp.is_control(i) or self._sp.is_unknown(i)]
+        pieces = [AddedToken(str(self._sp.id_to_piece(i)), i) for i in ids]
+        return AddedTokens([*(t for t in pieces if t.text not in self.added_tokens), *self._added])
+
+
+def _load(model: bytes) -> Any:
+    import sentencepiece
+
+    try:
+        if not model:
+            raise ValueError("it is empty")
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except Exception as error:
+        reason = " ".join(str(error).split())  # SentencePiece quotes the damaged bytes, line breaks and all
+        raise InputError(
+            f"the tokenizer is not a SentencePiece model ({reason}): convert again with the original tokenizer.model"
+        ) from error
 
 
 class _Surface(NamedTuple):
-    """What one token adds to the text: verbatim text, one byte, or a piece in which SPACE stands for a space."""
+    """What one token adds to the text: verbatim text, one byte, or a piece in which SPACE stands for a space.
+
+    begins_text: what follows is decoded like the start of a text.
+    """
 
     text: str
     byte: int | None
     is_piece: bool
+    begins_text: bool = False
 
 
 class StreamDecoder:
@@ -153,13 +215,14 @@ class StreamDecoder:
 
     Bytes of a character that spans tokens are held until it is complete. Bytes that can begin no character come out as
     U+FFFD, one each, as SentencePiece does; a character that is still incomplete at the end is left out. Control tokens
-    and added tokens named like markers (`<...>`, `[...]`) have no text.
+    have no text; where a file does not tell them, they are the added tokens named like markers (`<...>`, `[...]`).
     """
 
     def __init__(self, tokenizer: Tokenizer, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._held = b""
-        self._at_start = not continues and (tokenizer.strips_space or tokenizer.removes_extra_spaces)
+        self._strips = tokenizer.strips_space or tokenizer.removes_extra_spaces
+        self._at_start = self._strips and not continues
         self._started = False
         self._space_seen = False
 
@@ -177,6 +240,8 @@ class StreamDecoder:
             self._at_start = False
         text += self._piece_text(surface)
         self._started = self._started or bool(text)
+        if surface.begins_text:
+            self._at_start, self._started = self._strips, False
         return text
 
     def finish(self) -> str:

@@ -84,6 +84,7 @@ def verify(
         if tensor.scheme != "raw":
             fault = check_tensor(tensor, file.fingerprint["tensors"][tensor.name], progress)
             wrong += [f"{tensor.name}: {fault}"] if fault else []
+            file.release(tensor.name)
     yield Check("tensors", not wrong, "; ".join(wrong[:3]) or f"{len(file.tensors) - 1} agree with the fingerprint")
     difference = parity(file)
     yield Check("tokenizer", difference is None, difference or f"parity on {file.parity.get('texts')} texts")

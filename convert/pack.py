@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.container import read_json
-from cnllama.errors import CnllamaError, InputError, os_errors_explained, printable
+from cnllama.errors import InputError, os_errors_explained, printable
 from cnllama.files import check_place
 from cnllama.format import TOKENIZER, CnlWriter, planned_size, stored_bytes
 from cnllama.space import check_space
@@ -27,6 +26,7 @@ from .adapter_facts import check_adapters
 from .adapters import Adapter, open_adapter
 from .checkpoint import Checkpoint, FloatArray
 from .facts import settle
+from .generation import generation_metadata, tokenizer_notices
 from .merge import MergedTensor, is_tied, merge
 from .provenance import model_name
 from .quantize.base import CalibrationError, Quantizer, Rtn, Work
@@ -34,12 +34,12 @@ from .quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
 from .quantize.choice import choose
 from .quantize.registry import AUTO, check_quantizer, open_quantizer
 from .quantize.rules import Rule, quantizations, scheme_of, scheme_table
-from .quantize.trial import Trial, Verdict, judge, unchecked_sentence, verdict_sentence
+from .quantize.trial import TooLargeError, Trial, Verdict, judge, unchecked_sentence, verdict_sentence
 from .report import Report, peak_memory
+from .selfcheck import check_written
 from .vocab import Vocabulary, check_vocabulary, size_table
 
 QUANTIZATIONS = quantizations()
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # of generation_config.json, when it samples
 
 
 @dataclass
@@ -170,13 +170,17 @@ class Prepared:
     """
 
     job: _Job
-    output: Path
     quantizer: str = "rtn"
     device: str = "cpu"
     calibration: Calibration | None = None
     reason: str = ""
     insisted: bool = True
     check: bool = False
+
+    @property
+    def output(self) -> Path:
+        """The final name."""
+        return self.job.output
 
     def sizes(self) -> list[int]:
         """Bytes of every file that will lie on the disk at once, the wanted one first."""
@@ -204,8 +208,8 @@ def prepare(base: Path, loras: Sequence[Path], output: Path, options: Options) -
     plan = make_plan(base, loras, options.tokenizer)
     table = scheme_table(plan.tensors, scheme, options.rules)
     metadata = _metadata(plan, template) | {"quantization": _quantization(scheme, table, options.rules)}
-    job = _Job(plan, table, metadata, options.threads, options.progress)
-    prepared = _choose(Prepared(job, output, insisted=options.quantizer != AUTO), options)
+    job = _Job(plan, output, table, metadata, options.threads, options.progress)
+    prepared = _choose(Prepared(job, insisted=options.quantizer != AUTO), options)
     check_space(output, sum(prepared.sizes()))
     return prepared
 
@@ -238,9 +242,10 @@ class _Written:
 
 @dataclass
 class _Job:
-    """A checked conversion that can be written by one quantizer or another."""
+    """A checked conversion that can be written by one quantizer or another, for the name `output`."""
 
     plan: Plan
+    output: Path
     table: dict[str, tuple[str, int, int]]
     metadata: dict[str, Any]
     threads: int
@@ -269,7 +274,7 @@ class _Job:
         with CnlWriter(path, self._with(more or {}), self._files) as writer:
             records = self._pack(writer, quantizer, notes)
             writer.write_padded(TOKENIZER, self.plan.vocabulary.tokenizer.model)
-            content = writer.finish({"fingerprint": {"tensors": records}})
+            content = writer.finish({"fingerprint": {"tensors": records}}, check_written(self.output, self.threads))
         return _Written(quantizer.name, writer.size, content, records, notes)
 
     def _pack(self, writer: CnlWriter, quantizer: Quantizer, notes: list[str]) -> dict[str, dict[str, float]]:
@@ -334,7 +339,7 @@ def _calibrated(prepared: Prepared, quantizer: Quantizer, calibration: Calibrati
         plain = job.write(trial.plain, Rtn())
         try:
             verdict = judge(trial.calibrated, trial.plain, calibration.held_out, quantizer.name, job.threads)
-        except CnllamaError as problem:
+        except TooLargeError as problem:
             job.plan.notices.append(unchecked_sentence(quantizer.name, problem))
             trial.keep(trial.calibrated)
             return calibrated, None
@@ -359,43 +364,19 @@ def _quantization(scheme: str, table: Mapping[str, tuple[str, int, int]], rules:
 def _metadata(plan: Plan, template: str | None) -> dict[str, Any]:
     """What the header says before a weight is read; proves the tokenizer's parity on the way."""
     files = plan.vocabulary.tokenizer
-    settings = files.settings()
+    chosen = template or default_template(plan.config["vocab_size"])
+    generation, notices = generation_metadata(plan)
+    settings = files.settings(generation["eos_token_ids"])
+    plan.notices.extend([*notices, *tokenizer_notices(files, chosen, template is not None)])
     return {
         "config": plan.config,
-        "template": template or default_template(plan.config["vocab_size"]),
-        "generation": generation_defaults(plan),
+        "template": chosen,
+        "generation": generation,
         "tokenizer": settings,
         "parity": parity.record(files.model, settings, str(files.file)),
         "fingerprint": {"tensors": {}},
         "source": _source(plan),
     }
-
-
-def generation_defaults(plan: Plan) -> dict[str, Any]:
-    """The `generation` metadata: end tokens as a list, and sampling settings where generation_config.json samples."""
-    base = plan.checkpoint.directory
-    path = base / "generation_config.json"
-    given = read_json(path) if path.exists() else {}
-    processor = plan.vocabulary.tokenizer.processor
-    rows = plan.config["vocab_size"]
-    fallback = plan.checkpoint.config
-    eos = given.get("eos_token_id", fallback.get("eos_token_id"))
-    ids = [i for i in (eos if isinstance(eos, list) else [eos]) if _is_id(i, rows)]
-    if not ids and processor.eos_id() >= 0:
-        ids = [processor.eos_id()]
-    bos = given.get("bos_token_id", fallback.get("bos_token_id"))
-    if not _is_id(bos, rows):
-        bos = processor.bos_id() if processor.bos_id() >= 0 else None
-    result: dict[str, Any] = {"eos_token_ids": list(dict.fromkeys(ids)), "bos_token_id": bos}
-    for key in (*_SAMPLING * bool(given.get("do_sample")), "repetition_penalty"):
-        value = given.get(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e6:
-            result[key] = value
-    return result
-
-
-def _is_id(value: object, rows: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < rows
 
 
 def _source(plan: Plan) -> dict[str, Any]:

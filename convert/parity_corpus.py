@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that tokenizers disagree on. A changed text is a new corpus: raise VERSION with it."""
+"""Texts that tokenizers disagree on. A changed text is a new corpus: raise VERSION with it.
+
+Corpus 1 is TEXTS; corpus 2 also has texts around a file's own tokens.
+"""
 
 from __future__ import annotations
 
-VERSION = "1"
+from collections.abc import Iterator, Sequence
+
+VERSION = "2"
+_MOST_TOKENS = 40  # of a file, spread over them
 
 TEXTS = (
     # Chinese: prose, verse, dialogue, punctuation, names, traditional forms
@@ -80,3 +86,18 @@ TEXTS = (
     '{"键": "值", "list": [1, 2.5, null, true]}',
     "<s> </s> <unk> [PAD] <0x0A> ▁ ▁▁ <|im_start|>user\n你好<|im_end|>",
 )
+
+# {0} is a token of the file, {1} the one after it.
+_AROUND = (
+    "{0}", "你好{0}世界", "你好 {0} 世界", "hello{0}world", "  {0}  ", "{0}{0}", "{0}{1}", "{0}\n{1} x", "▁{0}▁",
+    "_{0}9",
+)  # fmt: skip
+
+
+def own_texts(names: Sequence[str]) -> Iterator[str]:
+    """Texts with the names of a file's control and added tokens, whole, doubled, in words and cut short."""
+    step = max(1, -(-len(names) // _MOST_TOKENS))
+    for i in range(0, len(names), step):
+        name, following = names[i], names[(i + 1) % len(names)]
+        yield from (around.format(name, following) for around in _AROUND)
+        yield "你好" + name[:-1] + "世界"

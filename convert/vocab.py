@@ -15,7 +15,7 @@ from cnllama.errors import InputError, printable
 
 from .adapters import Adapter
 from .checkpoint import Checkpoint
-from .tokenizers import TokenizerFiles, first_difference, read_tokenizer
+from .tokenizers import TokenizerFiles, first_difference, read_tokenizer, with_additions
 from .tying import RowsError, on_embeddings, rows_after
 
 _MAX_REORDERED = 5
@@ -58,8 +58,11 @@ def check_vocabulary(
         hint = f"; the right order is {' '.join(f'--lora {a.directory}' for a in better)}" if better else ""
         raise InputError(f"{printable(f'{error}{hint}')}\n{table}") from None
     warnings = [
-        f"{tokenizer.file.parent}: the special token {text!r} has no id and the model no row for it: ignored"
-        for text in left_out
+        *tokenizer.notices,
+        *(
+            f"{tokenizer.file.parent}: the special token {text!r} has no id and the model no row for it: ignored"
+            for text in left_out
+        ),
     ]
     if tokenizer.size < rows:
         warnings.append(
@@ -91,7 +94,8 @@ def _tokenizer_after(
         chosen = read_tokenizer(override, None)
         if chosen is None:
             raise InputError(f"{override}: there is no tokenizer.model, expected a directory with one")
-        return _fit(chosen, steps[-1], checkpoint)
+        directories = [checkpoint.directory, *(adapter.directory for adapter in adapters)]
+        return _fit(with_additions(chosen, directories), steps[-1], checkpoint)
     tokenizer = base
     for adapter, current in zip(adapters, steps[1:], strict=True):
         after = read_tokenizer(adapter.directory, tokenizer)

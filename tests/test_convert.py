@@ -164,11 +164,49 @@ def test_parity_refuses_a_tokenizer_that_differs(tiny_llama: Path, monkeypatch: 
     from cnllama.tokenizer import Tokenizer
 
     files = make_plan(tiny_llama).vocabulary.tokenizer
-    assert parity.record(files.model, files.settings(), "x")["texts"] == len(TEXTS) == len(set(TEXTS))
+    assert parity.record(files.model, files.settings(), "x", "1")["texts"] == len(TEXTS) == len(set(TEXTS))
     honest = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: honest(self, text.replace("  ", " ")))
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **more: honest(self, text.replace("  ", " "), **more))
     with pytest.raises(InputError, match=r"differs from SentencePiece on '  two leading spaces'|double  space"):
         parity.record(files.model, files.settings(), "x")
+
+
+@pytest.mark.parametrize("fault", ["words are not found", "control tokens are found", "every text has a prefix"])
+def test_parity_covers_added_tokens(tokenizer_model: bytes, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corpus 1, whose texts have no token of the file, does not see these faults."""
+    from cnllama.added_tokens import AddedTokens, Span
+    from cnllama.tokenizer import Tokenizer
+
+    settings = {
+        "add_dummy_prefix": True, "legacy": False, "added_tokens": {"<|im_end|>": 900, "词语": 901},
+        "token_flags": {"<|im_end|>": ["special"], "词语": []},
+    }  # fmt: skip
+    sound = parity.record(tokenizer_model, settings, "x")
+    assert (sound["corpus"], sound["texts"] > len(TEXTS)) == ("2", True)
+    split, plain = AddedTokens.split, Tokenizer._encode_plain
+    wrong: dict[str, tuple[object, str, object]] = {
+        "words are not found": (AddedTokens, "split", lambda self, text, special: [Span(0, len(text), None)]),
+        "control tokens are found": (AddedTokens, "split", lambda self, text, special: split(self, text, True)),
+        "every text has a prefix": (Tokenizer, "_encode_plain", lambda self, text, at_start: plain(self, text, True)),
+    }
+    monkeypatch.setattr(*wrong[fault])
+    if fault != "control tokens are found":
+        assert parity.record(tokenizer_model, settings, "x", "1")["texts"] == len(TEXTS)
+    with pytest.raises(InputError, match=r"differs from SentencePiece on .* at token \d+: .*, expected"):
+        parity.record(tokenizer_model, settings, "x")
+
+
+def test_files_of_the_first_corpus_still_verify(packed: Path, tmp_path: Path) -> None:
+    from test_format import metadata, read, write
+
+    header, body = read(packed)
+    file = open_cnl(packed)
+    first = parity.record(file.tokenizer_model, file.tokenizer, "x", "1")
+    metadata("parity", lambda p: p.update(first))(header)
+    metadata("tokenizer", lambda t: [t.pop(key) for key in ("token_flags", "legacy")] and None)(header)
+    old = write(tmp_path / "old.cnl", header, body)
+    assert open_cnl(old).parity["corpus"] == "1"
+    assert checks(old) == {}
 
 
 @pytest.mark.parametrize("prefix", [True, False])

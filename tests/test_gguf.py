@@ -18,13 +18,13 @@ from cnllama.convert.gguf import export as export_module
 from cnllama.convert.gguf.blocks import is_exact, own_type, to_blocks
 from cnllama.convert.gguf.container import GgmlType, GgufWriter, TensorInfo
 from cnllama.convert.gguf.export import export, gguf_name
-from cnllama.convert.gguf.sentencepiece_model import PieceType
 from gguf_files import Maker, read, values
 
 from cnllama import _core
 from cnllama.cli import export as command
 from cnllama.errors import CnllamaError, InputError
 from cnllama.format import open_cnl
+from cnllama.sentencepiece_model import PieceType
 
 gguf = pytest.importorskip("gguf", reason="the package gguf, which reads the files that are tested, is not installed")
 

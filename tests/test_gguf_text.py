@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from cnllama.convert.gguf.chat_template import to_jinja
 from cnllama.convert.gguf.export import export
-from cnllama.convert.gguf.sentencepiece_model import parse
 from cnllama.convert.pack import convert
 from gguf_files import TURNS, Maker, read
 
 from cnllama.errors import InputError
 from cnllama.format import open_cnl
+from cnllama.sentencepiece_model import parse
 from cnllama.templates import TEMPLATES, encode_chat
 from cnllama.tokenizer import Tokenizer
 
@@ -126,7 +126,7 @@ def test_unigram_tokenizers_are_refused(tmp_path: Path) -> None:
 
 def test_suffix_spaces_are_refused(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = parse(train(model_type="bpe", vocab_size=1000, treat_whitespace_as_suffix=True), "x")
-    monkeypatch.setattr("cnllama.convert.gguf.metadata.parse", lambda data, where: model)
+    monkeypatch.setattr("cnllama.convert.gguf.tokenizer.parse", lambda data, where: model)
     with pytest.raises(InputError, match="puts spaces at the end of words"):
         export(open_cnl(make("q4-a64")), tmp_path / "x.gguf")
 

@@ -96,8 +96,11 @@ class CnllamaLM(TemplateLM):
         """Ids of a text, with BOS before it unless told otherwise or the text brings its own."""
         tokenizer = self.llm.tokenizer
         bos = self._bos if add_special_tokens is None else add_special_tokens
+        begin = tokenizer.piece(tokenizer.bos_id) if tokenizer.bos_id >= 0 else ""
+        if begin and string.startswith(begin):  # the text after it is the start of the text, as in the templates
+            return [tokenizer.bos_id, *tokenizer.encode(string[len(begin) :], special=True)]
         ids = tokenizer.encode(string, special=True)
-        return ids if not bos or tokenizer.bos_id in (-1, *ids[:1]) else [tokenizer.bos_id, *ids]
+        return ids if not bos or tokenizer.bos_id < 0 else [tokenizer.bos_id, *ids]
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids."""

@@ -11,17 +11,18 @@ _SLOT = re.compile(r"\{(system|user|assistant)\}")
 _NAMES = {"system": "system", "user": "message['content']", "assistant": "message['content']"}
 
 
-def to_jinja(template: Template, *, bos: bool, eos: bool) -> str | None:
+def to_jinja(template: Template, *, bos: bool, eos: bool, eos_name: str = "") -> str | None:
     """The Jinja text of a template for `messages`, an optional system message, then user and assistant in turn.
 
-    bos, eos: whether the tokenizer has these tokens; without, nothing stands for them. None for the raw template, which
-    only passes text on. Everything printed is an expression, so that no engine's rule for white space around blocks
-    matters.
+    bos, eos: whether the tokenizer has these tokens; without, nothing stands for them. eos_name: the end token's, where
+    Jinja's eos_token is another one. None for the raw template, which only passes text on. Everything printed is an
+    expression, so that no engine's rule for white space around blocks matters.
     """
     if template.name == "raw":
         return None
     first, bare, later, answer = (
-        _expression(parts, bos, eos) for parts in (template.first, template.bare, template.later, template.answer)
+        _expression(parts, bos, _quoted(eos_name) if eos_name else "eos_token" if eos else "")
+        for parts in (template.first, template.bare, template.later, template.answer)
     )
     return (
         "{% if messages and messages[0]['role'] == 'system' %}"
@@ -37,12 +38,12 @@ def to_jinja(template: Template, *, bos: bool, eos: bool) -> str | None:
     )
 
 
-def _expression(parts: Parts, bos: bool, eos: bool) -> str:
+def _expression(parts: Parts, bos: bool, eos: str) -> str:
     terms: list[str] = []
     for part in parts:
         if isinstance(part, Token):
             if part in (BOS, EOS):
-                terms += ["bos_token"] * (part == BOS and bos) + ["eos_token"] * (part == EOS and eos)
+                terms += ["bos_token"] * (part == BOS and bos) + [eos] * (part == EOS and bool(eos))
             else:
                 terms.append(_quoted(part.name))
             continue

@@ -16,8 +16,9 @@ from cnllama.errors import InputError
 from cnllama.templates import default_template
 
 from ..checkpoint import FloatArray
+from ..generation import generation_metadata
 from ..merge import MergedTensor
-from ..pack import Plan, generation_defaults
+from ..pack import Plan
 from .blocks import nearest
 from .container import GgmlType, GgufWriter, TensorInfo
 from .export import ROPE_FACTORS, gguf_name, rotary_order
@@ -44,13 +45,14 @@ class Unpacked:
 def describe(plan: Plan, template: str | None = None) -> Unpacked:
     """What the metadata of a plan's file are made from. template None: by the size of the vocabulary, as `convert`."""
     files, rows = plan.vocabulary.tokenizer, plan.config["vocab_size"]
+    generation, _ = generation_metadata(plan)
     return Unpacked(
         plan.checkpoint.directory.resolve(),
         plan.config,
         rows,
         files.model,
-        files.settings(),
-        generation_defaults(plan),
+        files.settings(generation["eos_token_ids"]),
+        generation,
         template or default_template(rows),
     )
 

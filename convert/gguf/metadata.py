@@ -12,14 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.errors import InputError
-from cnllama.templates import TEMPLATES
-from cnllama.tokenizer import Tokenizer
-
-from ..tokenizers import load_sentencepiece
-from .chat_template import to_jinja
-from .container import ALIGNMENT, GgmlType, Value, boolean, float32, float32s, int32s, text, texts, uint32
-from .sentencepiece_model import BPE, PieceType, SentencePieceModel, parse
+from .container import ALIGNMENT, GgmlType, Value, float32, text, uint32
+from .tokenizer import tokenizer_metadata
 
 # llama.cpp's name for the type that most of the weights have.
 _FILE_TYPES = {
@@ -97,7 +91,7 @@ def make_metadata(file: Described, main_type: GgmlType) -> Metadata:
         result.values["cnllama.content_sha256"] = text(file.fingerprint["content_sha256"])
     result.values |= _architecture(file.config)
     _add_rope(result, file.config)
-    _add_tokenizer(result, file)
+    result.values |= tokenizer_metadata(file, result.warnings)
     return result
 
 
@@ -194,84 +188,3 @@ def _amplitude(scaling: Mapping[str, Any]) -> float:
     if "mscale" in scaling and "mscale_all_dim" in scaling:
         return float((growth * scaling["mscale"] + 1) / (growth * scaling["mscale_all_dim"] + 1))
     return growth + 1
-
-
-def _add_tokenizer(metadata: Metadata, file: Described) -> None:
-    model = parse(file.tokenizer_model, str(file.path))
-    _check_tokenizer(model, file, metadata.warnings)
-    tokenizer = Tokenizer(file.tokenizer_model, file.tokenizer)
-    names, scores, types = _vocabulary(model, tokenizer, file.vocab_size, metadata.warnings)
-    metadata.values |= {
-        "tokenizer.ggml.model": text("llama"),
-        "tokenizer.ggml.pre": text("default"),
-        "tokenizer.ggml.tokens": texts(names),
-        "tokenizer.ggml.scores": float32s(scores),
-        "tokenizer.ggml.token_type": int32s(types),
-        "tokenizer.ggml.add_bos_token": boolean(tokenizer.add_bos),
-        "tokenizer.ggml.add_eos_token": boolean(False),
-        "tokenizer.ggml.add_space_prefix": boolean(file.tokenizer["add_dummy_prefix"]),
-    }
-    metadata.values |= {f"tokenizer.ggml.{key}_token_id": uint32(i) for key, i in _special_ids(file, tokenizer).items()}
-    jinja = to_jinja(TEMPLATES[file.template], bos=tokenizer.add_bos, eos=tokenizer.eos_id >= 0)
-    if jinja is not None:
-        metadata.values["tokenizer.chat_template"] = text(jinja)
-
-
-def _check_tokenizer(model: SentencePieceModel, file: Described, warnings: list[str]) -> None:
-    if model.model_type != BPE:
-        raise InputError(
-            f"{file.path}: its tokenizer is a SentencePiece model of type {model.model_type}, and llama.cpp cuts text "
-            f"into the same tokens only for BPE, type {BPE}; this model cannot be exported"
-        )
-    if model.space_is_suffix:
-        raise InputError(
-            f"{file.path}: its tokenizer puts spaces at the end of words, which llama.cpp's does not; "
-            "this model cannot be exported"
-        )
-    if model.normalizes:
-        warnings.append("llama.cpp does not normalize text as this tokenizer does: some texts get other tokens there")
-    if model.remove_extra_spaces:
-        warnings.append("llama.cpp keeps repeated spaces, which this tokenizer removes")
-    if PieceType.BYTE not in model.types:
-        warnings.append("the tokenizer has no bytes: llama.cpp fails on characters that are not in the vocabulary")
-
-
-def _vocabulary(
-    model: SentencePieceModel, tokenizer: Tokenizer, rows: int, warnings: list[str]
-) -> tuple[list[str], list[float], list[int]]:
-    """(name, score, type) of every row: pieces, added tokens, and rows that belong to none. No name occurs twice."""
-    names, scores, types = list(model.pieces), list(model.scores), [int(kind) for kind in model.types]
-    taken = set(names)
-    for i in range(len(names), rows):
-        name, kind = tokenizer.piece(i) if tokenizer.has(i) else "", PieceType.UNUSED
-        if name and name not in taken:
-            # Tokens that print nothing are control tokens: llama.cpp finds the others in any text.
-            kind = PieceType.USER_DEFINED if tokenizer.surface(i).text else PieceType.CONTROL
-        else:
-            if name:
-                warnings.append(f"the added token {name!r}, {i}, is spelt like a piece: llama.cpp will not know it")
-            name = f"[UNUSED{i}]"
-            while name in taken or name in tokenizer.added_tokens:
-                name += "_"
-        taken.add(name)
-        names.append(name)
-        scores.append(0.0)
-        types.append(int(kind))
-    return names, scores, types
-
-
-def _special_ids(file: Described, tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids by GGUF's name for them; those the model lacks are left out."""
-    processor = load_sentencepiece(file.tokenizer_model, str(file.path))
-    ends = [*file.generation["eos_token_ids"], tokenizer.eos_id]
-    stops = [tokenizer.special_id(name) for name in TEMPLATES[file.template].stop_tokens]
-    turn_ends = [i for i in (*file.generation["eos_token_ids"][1:], *stops) if i is not None and i != ends[0]]
-    pad = next((i for name in ("[PAD]", "<pad>", "<PAD>") if (i := tokenizer.special_id(name)) is not None), -1)
-    ids = {
-        "bos": tokenizer.bos_id,
-        "eos": ends[0],
-        "unknown": int(processor.unk_id()),
-        "padding": pad if pad >= 0 else int(processor.pad_id()),
-        "eot": turn_ends[0] if turn_ends else -1,
-    }
-    return {name: i for name, i in ids.items() if i >= 0}

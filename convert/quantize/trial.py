@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.errors import CnllamaError
+from cnllama.errors import CnllamaError, InputError
 from cnllama.files import Output, move
 from cnllama.scratch import scratch_beside
 from cnllama.space import check_space
 
 CONTEXT = 512
 _SURE = 2.0  # standard errors
+
+
+class TooLargeError(CnllamaError):
+    """The files are sound and cannot be run here."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def judge(calibrated: Path, plain: Path, text: str, quantizer: str, threads: int
     """Runs both files on `text` with the engine; plain is kept when calibrated predicts the text worse.
 
     Worse by more than the noise of so few tokens, that is: a small change of a model moves the perplexity of a page up
-    or down by chance. Raises CnllamaError where the files do not fit into memory.
+    or down by chance. Both files have passed their own check. Raises TooLargeError where they do not fit into memory,
+    and CnllamaError for a file that gives no numbers.
     """
     ours, theirs = (_losses(path, text, threads) for path in (calibrated, plain))
     difference = ours - theirs
@@ -104,7 +109,10 @@ def _losses(path: Path, text: str, threads: int) -> npt.NDArray[np.float64]:
     losses = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        llm = LLM(path, ctx=context, threads=threads)
+        try:
+            llm = LLM(path, ctx=context, threads=threads)
+        except InputError as error:
+            raise TooLargeError(str(error)) from None
     total = sum(len(part.ids) for part in parts)
     with llm, EngineScorer(llm) as model, progress_bar(f"checking{path.suffix}", total) as progress:
         for rows in model.rows(parts, progress):
@@ -123,6 +131,6 @@ def verdict_sentence(verdict: Verdict) -> str:
     )
 
 
-def unchecked_sentence(quantizer: str, problem: CnllamaError) -> str:
+def unchecked_sentence(quantizer: str, problem: TooLargeError) -> str:
     """Why nobody knows whether the calibrated file is the better one."""
     return f"the {quantizer} file was not checked against rtn: {problem}"

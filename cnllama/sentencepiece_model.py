@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a SentencePiece model file says, read without the protobuf library, which users need not have."""
+"""A SentencePiece model file read and changed without the protobuf library, which users need not have."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -44,6 +44,31 @@ def parse(data: bytes, where: str) -> SentencePieceModel:
         return _model(data)
     except (ValueError, IndexError, struct.error) as error:
         raise InputError(f"{where}: the tokenizer is no SentencePiece model ({error}); convert again") from None
+
+
+def with_dummy_prefix(data: bytes, flag: bool) -> bytes:
+    """The model with another normalizer_spec.add_dummy_prefix, whether a space is put before a text."""
+    # A repeated field of a serialized message is merged into the first: this sets the one value and leaves the rest.
+    return data + bytes([0x1A, 2, 0x18, flag])
+
+
+def as_control(data: bytes, ids: Collection[int]) -> bytes:
+    """The model with these pieces as control pieces, which no text is cut into. Raises ValueError for bytes that are
+    no model.
+    """
+    parts: list[bytes] = []
+    piece = 0
+    for number, value, begin, end in _placed_fields(data):
+        if number == 1:
+            if piece in ids:
+                # The last of several types counts, as for every single field.
+                message = _message(value) + bytes([0x18, PieceType.CONTROL])
+                parts.append(b"\x0a" + _to_varint(len(message)) + message)
+                piece += 1
+                continue
+            piece += 1
+        parts.append(data[begin:end])
+    return b"".join(parts)
 
 
 def _model(data: bytes) -> SentencePieceModel:
@@ -92,13 +117,20 @@ def _integer(value: int | bytes) -> int:
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a message: numbers as integers, everything else, floats too, as its bytes."""
+    for number, value, _, _ in _placed_fields(data):
+        yield number, value
+
+
+def _placed_fields(data: bytes) -> Iterator[tuple[int, int | bytes, int, int]]:
+    """The same and where the field lies in the message, begin and end."""
     at = 0
     while at < len(data):
+        begin = at
         key, at = _varint(data, at)
         kind = key & 7
         if kind == 0:
             value, at = _varint(data, at)
-            yield key >> 3, value
+            yield key >> 3, value, begin, at
             continue
         if kind == 2:
             length, at = _varint(data, at)
@@ -108,7 +140,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise ValueError(f"wire type {kind} at byte {at}")
         if at + length > len(data):
             raise ValueError("it is cut off")
-        yield key >> 3, data[at : at + length]
+        yield key >> 3, data[at : at + length], begin, at + length
         at += length
 
 
@@ -122,3 +154,11 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
         if shift > 63:
             raise ValueError("a number without end")
+
+
+def _to_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
