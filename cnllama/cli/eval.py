@@ -116,11 +116,16 @@ def _ppl(args: argparse.Namespace) -> int:
         print(
             f"{row['text']}: perplexity {row['perplexity_per_token']:.4f} per token, "
             f"{row['perplexity_per_character']:.4f} per character, {row['bits_per_character']:.4f} bits per character; "
-            f"{row['tokens']:,} tokens, {row['characters']:,} characters in {row['documents']:,} documents; "
+            f"{row['tokens']:,} tokens, {_characters(row)} in {row['documents']:,} documents; "
             f"context {result['context']}, stride {result['stride']}; {row['seconds']:.1f} s, "
             f"{row['tokens_run_per_s']:,.0f} tok/s"
         )
     return 0
+
+
+def _characters(row: dict[str, Any]) -> str:
+    found, text = row["characters"], row["text_characters"]
+    return f"{found:,} characters" + (f" of {text:,}" if found != text else "")
 
 
 def _kl(args: argparse.Namespace) -> int:
@@ -226,9 +231,12 @@ def _reference(args: argparse.Namespace, file: CnlFile) -> Reference | None:
         raise other_vocabulary(args.reference, found, file)
 
     def open_it() -> tuple[Scorer, dict[str, Any]]:
+        from cnllama.eval.keys import content_key
         from cnllama.eval.reference import open_reference
 
         described = {"directory": str(args.reference), "lora": list(map(str, args.lora)), "dtype": args.reference_dtype}
-        return open_reference(args.reference, args.lora, args.reference_dtype), described
+        described["content"] = content_key([args.reference, *args.lora])
+        model = open_reference(args.reference, args.lora, args.reference_dtype)
+        return model, described | {"tensors": model.tensors}
 
     return open_it

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -159,9 +158,9 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _llama_cpp_version(args: argparse.Namespace) -> str | None:
-    from importlib.metadata import version
+    from cnllama.eval.llama_cpp import package_version
 
-    return None if args.gguf is None else version("llama-cpp-python")
+    return None if args.gguf is None else package_version()
 
 
 class _Checkpoint:
@@ -229,13 +228,9 @@ class _Checkpoint:
         return kind
 
 
-def _key(directories: Iterable[Path], calibrate: Path | None) -> str:
-    """Changes when a file does, by name, size and time, or cnllama: what --work holds belongs to one."""
-    from importlib.metadata import version
+def _key(directories: Sequence[Path], calibrate: Path | None) -> str:
+    """Names what --work keeps: the contents of the checkpoint, its adapters and the calibration text, and the code."""
+    from cnllama.eval.keys import code_key, content_key, options_key
 
-    digest = hashlib.sha256(version("cnllama").encode())
-    files = [path for directory in directories for path in sorted(directory.iterdir()) if path.is_file()]
-    for path in files + ([calibrate] if calibrate else []):
-        found = path.stat()
-        digest.update(f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:12]
+    chosen = "the bundled text" if calibrate is None else content_key([calibrate])
+    return options_key(content_key(directories), chosen, code_key())

@@ -7,8 +7,10 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -37,6 +39,11 @@ def load() -> ModuleType:
     api.llama_log_set(_LOG, ctypes.c_void_p(0))
     api.llama_backend_init()
     return api
+
+
+def package_version() -> str:
+    """Of llama-cpp-python, which decides what quantize() writes."""
+    return version("llama-cpp-python")
 
 
 # The last errors that llama.cpp logged; nothing is printed.
@@ -80,7 +87,9 @@ def quantize(source: Path, target: Path, kind: str, outer: str | None = None, th
     if outer is not None:
         params.output_tensor_type = params.token_embedding_type = getattr(api, _TENSOR_PREFIX + outer)
     check_space(target, source.stat().st_size)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    descriptor, name = tempfile.mkstemp(".part", f".{target.name}.", target.parent)  # ours alone, so it may be removed
+    os.close(descriptor)
+    part = Path(name)
     try:
         status = api.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
         if status != 0:

@@ -110,6 +110,7 @@ def evaluate(
     }
     if reference and letters:
         scorer, facts = reference()
+        facts.pop("tensors", None)
         with bar("reference", _size(prompts)) as progress:
             theirs = _in_order(choose(scorer, prompts, letters, penalty=settings.penalty, progress=progress), prompts)
         result["reference"] = facts | compare_choices(answers, theirs)
