@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def _add_kl(parser: argparse.ArgumentParser) -> None:
 def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
     from cnllama.eval.answers import VARIANTS
     from cnllama.eval.benchmarks import BENCHMARKS
-    from cnllama.eval.prompts import PRESETS
+    from cnllama.eval.procedures import PRESETS
 
     benchmark = BENCHMARKS[name]
     add = parser.add_argument
@@ -89,13 +90,13 @@ def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
     add("--shots", type=int, default=0, metavar="N", help=tr("solved examples before a question", "示例数量"))
     add("--subject", action="append", default=[], metavar="KEY", help=tr("only this one; repeatable", "只评测该科目"))
     add("--preset", choices=PRESETS, default="auto", help=tr("form of the prompt (the file's)", "提示形式"))
-    add("--letters", choices=VARIANTS, default="both", help=tr("spellings of A-D whose logits count", "字母的写法"))
-    add("--penalty", type=float, default=1.0, metavar="R", help=tr("repetition penalty on letters", "字母的重复惩罚"))
+    add("--letters", choices=VARIANTS, help=tr("spellings of A-D whose logits count (the preset's)", "字母的写法"))
+    add("--penalty", type=float, metavar="R", help=tr("repetition penalty on letters (the preset's)", "字母的重复惩罚"))
     add("--generate", action="store_true", help=tr("let it write, and read the letter out of that", "自由生成"))
     add("--cot", action="store_true", help=tr("step by step; with --generate", "思维链"))
     add("--temp", type=float, metavar="T", help=tr("of --generate (0.2)", "生成温度"))
     add("--seed", type=int, default=1, metavar="S", help=tr("of --generate", "生成的随机种子"))
-    add("--max-tokens", type=int, metavar="N", help=tr("of --generate (20; with --cot 512)", "生成长度"))
+    add("--max-tokens", type=int, metavar="N", help=tr("of --generate (the preset's: 20)", "生成长度"))
     add("--sequences", type=int, default=1, metavar="N", help=tr("generated at once", "同时生成的数量"))
     add("--log", type=Path, metavar="OUT", help=tr("every prompt and answer, JSON lines", "记录全部提示与回答"))
     if name == "ceval":
@@ -190,20 +191,16 @@ def _choice(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from cnllama.eval.multiple_choice import ANSWER_TOKENS, SAMPLING, STEPS_TOKENS, Settings
+    from cnllama.eval.multiple_choice import Settings
 
-    params = None
-    if args.generate or args.cot:
-        tokens = args.max_tokens or (STEPS_TOKENS if args.cot else ANSWER_TOKENS)
-        params = SAMPLING.with_changes(seed=args.seed, max_tokens=tokens)
-        if args.temp is not None:
-            params = params.with_changes(temperature=args.temp)
-    if params and args.reference:
+    if args.reference and (args.generate or args.cot):
         raise InputError("--reference compares choices by logits: leave out --generate and --cot")
     if args.sequences < 1:
         raise InputError(f"--sequences is {args.sequences}, expected 1 or more")
-    if not args.penalty > 0:
-        raise InputError(f"--penalty is {args.penalty}, expected more than 0")
+    if args.penalty is not None and not (args.penalty > 0 and math.isfinite(args.penalty)):
+        raise InputError(f"--penalty is {args.penalty}, expected a number over 0")
+    if args.temp is not None and not (args.generate or args.cot):
+        raise InputError("--temp belongs to --generate: letters are chosen without it")
     return Settings(
         split=args.split,
         shots=args.shots,
@@ -211,7 +208,10 @@ def _settings(args: argparse.Namespace) -> Any:
         preset=args.preset,
         letters=args.letters,
         penalty=args.penalty,
-        params=params,
+        generate=args.generate,
+        temperature=args.temp,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
         context=args.ctx,
         sequences=args.sequences,
         only=tuple(args.subject),
