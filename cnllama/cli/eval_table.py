@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from cnllama.cli.eval_shared import Files, add_text_options, command, opener, read, say
+from cnllama.cli.eval_shared import Files, add_text_options, check_threads, command, opener, read, say
 from cnllama.errors import InputError, os_errors_explained
 from cnllama.textio import tr
 
@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from cnllama.eval.table import Settings, Table
     from cnllama.eval.table_report import markdown, picture
 
+    check_threads(args)
+    _check_work(args)
     forms = [*our_forms(args), *their_forms(args)]
     args.kv = "fp16"
     with Files(args.json, args.markdown, args.png) as files, ExitStack() as stack:
@@ -92,6 +94,17 @@ def run(args: argparse.Namespace) -> int:
             files.write(args.png, picture(result))
     print(report, end="")
     return 0
+
+
+def _check_work(args: argparse.Namespace) -> None:
+    """What is kept would change the checkpoint's directory, by whose contents it is named."""
+    if args.work is None:
+        return
+    with os_errors_explained(args.work):
+        if args.work.exists() and not args.work.is_dir():
+            raise InputError(f"{args.work}: this is no directory, expected one for what is kept")
+        if args.work.resolve() in [path.resolve() for path in (args.base, *args.lora)]:
+            raise InputError(f"{args.work}: this is the checkpoint's own directory, choose another one for --work")
 
 
 def our_forms(args: argparse.Namespace) -> list[Form]:

@@ -7,11 +7,11 @@ import ctypes
 import importlib
 import importlib.util
 import os
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -87,16 +87,12 @@ def quantize(source: Path, target: Path, kind: str, outer: str | None = None, th
     if outer is not None:
         params.output_tensor_type = params.token_embedding_type = getattr(api, _TENSOR_PREFIX + outer)
     check_space(target, source.stat().st_size)
-    descriptor, name = tempfile.mkstemp(".part", f".{target.name}.", target.parent)  # ours alone, so it may be removed
-    os.close(descriptor)
-    part = Path(name)
-    try:
+    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as own:  # whatever is in it is ours to remove
+        part = Path(own) / target.name
         status = api.llama_model_quantize(os.fsencode(source), os.fsencode(part), ctypes.byref(params))
         if status != 0:
             raise _failed(source, f"cannot quantize it to {kind}")
         part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def weigh(path: Path) -> dict[str, Any]:
@@ -112,7 +108,10 @@ def weigh(path: Path) -> dict[str, Any]:
     kinds = Counter(names.get(file.kinds[name][0], str(file.kinds[name][0])) for name in matrices)
 
     def bits(chosen: Sequence[str]) -> float:
-        return 8 * sum(file.tensors[n] for n in chosen) / sum(file.kinds[n][1] for n in chosen)
+        values = sum(file.kinds[name][1] for name in chosen)
+        if not values or _OUTER[0] not in file.kinds:
+            raise InputError(f"{path}: the GGUF holds no LLaMA's weights; export it again")
+        return 8 * sum(file.tensors[name] for name in chosen) / values
 
     outer = {name: names.get(file.kinds[name][0]) for name in _OUTER if name in file.kinds}
     return {

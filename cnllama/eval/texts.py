@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnllama.errors import InputError
+from cnllama.eval.inputs import check_text_file
 from cnllama.eval.models import Item
 from cnllama.textio import read_text_file
 from cnllama.tokenizer import split_utf8
@@ -25,6 +26,7 @@ CONVENTION = (
     "characters are Unicode code points of what is predicted, line breaks and spaces included"
 )
 _RECORDS = (".jsonl", ".json")
+_MAX_CONTEXT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def read_text(path: Path, split: bool = False, characters: int | None = None) ->
     for a file that is not text or is empty.
     """
     problems: list[str] = []
+    check_text_file(path, "a text, or records in .jsonl or .json")
     if path.suffix.lower() in _RECORDS:
         from cnllama.adapt.reading import ReadLog, read_documents
 
@@ -84,9 +87,9 @@ def _first(documents: Sequence[str], characters: int) -> Iterator[str]:
 
 
 def check_window(size: int, stride: int) -> None:
-    """Raises InputError unless 1 <= stride <= size."""
-    if size < 2:
-        raise InputError(f"--ctx is {size}, expected at least 2 tokens")
+    """Raises InputError unless 1 <= stride <= size, and for a size that no model has."""
+    if not 2 <= size <= _MAX_CONTEXT:
+        raise InputError(f"--ctx is {size}, expected 2 to {_MAX_CONTEXT:,} tokens")
     if not 1 <= stride <= size:
         raise InputError(f"--stride is {stride}, expected 1 to the context, {size}")
 
