@@ -18,7 +18,7 @@ from eval_data import evaluate
 
 from cnllama import LLM
 from cnllama.errors import CnllamaError, InputError
-from cnllama.eval.models import EngineScorer
+from cnllama.eval.models import EngineScorer, Rows
 from cnllama.eval.numerics import divergence, log_softmax, sign_test, target_logprobs
 from cnllama.eval.perplexity import compare, perplexity
 from cnllama.eval.stored import Origin, SavingScorer, StoredScorer
@@ -272,6 +272,25 @@ def test_numerics() -> None:
     p, q = log_softmax(np.log([[0.5, 0.5]])), log_softmax(np.log([[0.25, 0.75]]))
     assert divergence(p, q) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert divergence(p, p) == 0
+    with np.errstate(divide="ignore"):
+        never, other = log_softmax(np.log([[0.5, 0.5, 0.0]])), log_softmax(np.log([[0.25, 0.75, 0.0]]))
+    assert divergence(never, other) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+
+
+def test_an_infinite_divergence_is_one_sentence() -> None:
+    class One:
+        vocab_size = 3
+
+        def __init__(self, row: list[float]) -> None:
+            self.row = row
+
+        def rows(self, items: Any, progress: Any = None) -> Any:
+            yield Rows(0, 0, np.array([self.row], np.float32))
+
+    parts = [Window([5], 0, [0], 1)]
+    with pytest.raises(CnllamaError, match="a token that one model can choose is impossible in the other"):
+        compare(One([0, 1, -math.inf]), One([0, 1, 0]), parts)
+    assert compare(One([0, 1, 0]), One([0, 1, -math.inf]), parts).kl.max() > 0
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +83,7 @@ class EngineScorer:
     def __init__(self, llm: LLM, lanes: int = 1) -> None:
         self.vocab_size: int = llm.vocab_size
         self.tokens_run = 0
-        self._path, self._context, self._engine = llm.path, llm.context, llm.engine
+        self._llm, self._context, self._engine = llm, llm.context, llm.engine
         self._unscaled = _unscaled_length(llm)
         self._lanes: list[_Lane] = []
         self._size = lanes
@@ -170,7 +169,7 @@ class EngineScorer:
             room -= end - begin
             batch.append((lane, begin, end, end - max(begin, lane.item[1].begin) > 1))
         work = [(lane.sequence, lane.item[1].ids[begin:end], every) for lane, begin, end, every in batch if lane.item]
-        logits = _run(self._engine, self._path, work)
+        logits = _run(self._llm, work)
         row = 0
         for lane, begin, end, every in batch:
             assert lane.item is not None
@@ -200,7 +199,7 @@ class Sequences:
     """Sequences of an LLM's engine that grow token by token, `count` of them, each with a cache of its own."""
 
     def __init__(self, llm: LLM, count: int) -> None:
-        self._path, self._engine = llm.path, llm.engine
+        self._llm, self._engine = llm, llm.engine
         self._unscaled = _unscaled_length(llm)
         self._lanes: list[_Lane | None] = [None] * count
 
@@ -231,7 +230,7 @@ class Sequences:
         self._engine.trim(lane.sequence, keep)
         size = self._engine.max_step_tokens
         for at in range(keep, len(tokens), size):
-            logits = _run(self._engine, self._path, [(lane.sequence, tokens[at : at + size], False)])
+            logits = _run(self._llm, [(lane.sequence, tokens[at : at + size], False)])
         lane.tokens = list(tokens)
         last: FloatArray = logits[-1].copy()
         return last
@@ -241,7 +240,7 @@ class Sequences:
         lanes = [(lane, token) for number, token in tokens.items() if (lane := self._lanes[number]) is not None]
         if not lanes:
             return {}
-        logits = _run(self._engine, self._path, [(lane.sequence, [token], False) for lane, token in lanes])
+        logits = _run(self._llm, [(lane.sequence, [token], False) for lane, token in lanes])
         for lane, token in lanes:
             lane.tokens.append(token)
         return dict(zip(tokens, logits, strict=True))
@@ -254,10 +253,11 @@ def _unscaled_length(llm: LLM) -> int:
     return int(llm.file.config["max_position_embeddings"]) if dynamic else 0
 
 
-def _run(engine: Any, path: Path, work: Sequence[tuple[int, Sequence[int], bool]]) -> FloatArray:
+def _run(llm: LLM, work: Sequence[tuple[int, Sequence[int], bool]]) -> FloatArray:
     """A step of (sequence, tokens, whether the logits after every one are wanted). Raises CnllamaError."""
+    batch = [(number, np.asarray(ids, np.int32), every) for number, ids, every in work]
     try:
-        logits: FloatArray = engine.step([(number, np.asarray(ids, np.int32), every) for number, ids, every in work])
+        logits: FloatArray = llm.engine.step(batch)
     except (ValueError, RuntimeError) as error:
-        raise CnllamaError(f"{path}: {error}; check the file with: cnllama verify {path}") from error
+        raise CnllamaError(f"{llm.path}: {error}; check the file with: cnllama verify {llm.path}") from error
     return logits

@@ -121,7 +121,10 @@ def compare(model: Scorer, reference: Scorer, parts: Sequence[Window], progress:
         reference_nll -= float(p[index].sum())
     characters = predicted_characters(parts)
     _check(nll + reference_nll, min(len(kl), characters))
-    return Comparison(np.maximum(np.concatenate(kl), 0.0), agreed, nll, reference_nll, characters)
+    every = np.maximum(np.concatenate(kl), 0.0)
+    if not np.isfinite(every).all():
+        raise CnllamaError("the divergence is infinite: a token that one model can choose is impossible in the other")
+    return Comparison(every, agreed, nll, reference_nll, characters)
 
 
 def _side_by_side(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[tuple[Rows, Rows]]:
