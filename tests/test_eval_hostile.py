@@ -330,6 +330,8 @@ def test_endless_headers_end(tmp_path: Path) -> None:
         (("--generate", "--seed", "9" * 30), "seed is 9"),
         (("--generate", "--sequences", "9" * 30), "number of sequences is 9"),
         (("--temp", "1"), "--temp belongs to --generate"),
+        (("--max-tokens", "9"), "--max-tokens belongs to --generate"),
+        (("--sequences", "2"), "--sequences belongs to --generate"),
         (("--ctx", "0"), "there is room for 0"),
         (("--ctx", "-7"), "there is room for -7"),
         (("--kv", "int2"), "the cache type is 'int2'"),

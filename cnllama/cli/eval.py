@@ -97,7 +97,7 @@ def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
     add("--temp", type=float, metavar="T", help=tr("of --generate (0.2)", "生成温度"))
     add("--seed", type=int, default=1, metavar="S", help=tr("of --generate", "生成的随机种子"))
     add("--max-tokens", type=int, metavar="N", help=tr("of --generate (the preset's: 20)", "生成长度"))
-    add("--sequences", type=int, default=1, metavar="N", help=tr("generated at once", "同时生成的数量"))
+    add("--sequences", type=int, metavar="N", help=tr("generated at once (1)", "同时生成的数量（1）"))
     add("--log", type=Path, metavar="OUT", help=tr("every prompt and answer, JSON lines", "记录全部提示与回答"))
     if name == "ceval":
         add("--submission", type=Path, metavar="OUT", help=tr("the letters as C-Eval takes them", "提交文件"))
@@ -195,12 +195,14 @@ def _settings(args: argparse.Namespace) -> Any:
 
     if args.reference and (args.generate or args.cot):
         raise InputError("--reference compares choices by logits: leave out --generate and --cot")
-    if args.sequences < 1:
+    if args.sequences is not None and args.sequences < 1:
         raise InputError(f"--sequences is {args.sequences}, expected 1 or more")
     if args.penalty is not None and not (args.penalty > 0 and math.isfinite(args.penalty)):
         raise InputError(f"--penalty is {args.penalty}, expected a number over 0")
-    if args.temp is not None and not (args.generate or args.cot):
-        raise InputError("--temp belongs to --generate: letters are chosen without it")
+    given = {"--temp": args.temp, "--max-tokens": args.max_tokens, "--sequences": args.sequences}
+    unused = [name for name, value in given.items() if value is not None]
+    if unused and not (args.generate or args.cot):
+        raise InputError(f"{unused[0]} belongs to --generate: letters are chosen without it")
     return Settings(
         split=args.split,
         shots=args.shots,
@@ -213,7 +215,7 @@ def _settings(args: argparse.Namespace) -> Any:
         seed=args.seed,
         max_tokens=args.max_tokens,
         context=args.ctx,
-        sequences=args.sequences,
+        sequences=args.sequences or 1,
         only=tuple(args.subject),
     )
 

@@ -139,19 +139,7 @@ def measure_divergence(
     with ExitStack() as stack:
         llm = stack.enter_context(open_llm(file.path, longest, 1))
         model = stack.enter_context(EngineScorer(llm))
-        other: Scorer
-        described: dict[str, Any]
-        tensors: Statistics
-        if stored is not None:
-            other = kept = StoredScorer(stored, parts, file.vocab_size)
-            tensors = kept.origin.tensors
-            described = {"file": str(stored), "source": kept.origin.source, "content": kept.origin.content}
-        else:
-            assert reference is not None
-            other, described = reference()
-            tensors = described.pop("tensors", {})
-            if other.vocab_size != file.vocab_size:
-                raise other_vocabulary(described["directory"], other.vocab_size, file)
+        other, described, tensors = _open_other(file, parts, reference, stored)
         difference = other_weights(tensors, file) if tensors else ""
         described["other_weights"] = difference or None
         if difference:
@@ -166,6 +154,21 @@ def measure_divergence(
     settings = {"text": str(text.path), "documents": len(text.documents), "text_characters": text.characters}
     settings |= {"context": context, "stride": stride}
     return head | settings | {"convention": CONVENTION} | figures
+
+
+def _open_other(
+    file: CnlFile, parts: Sequence[Window], reference: Reference | None, stored: Path | None
+) -> tuple[Scorer, dict[str, Any], Statistics]:
+    """(the model to compare with, what describes it, statistics of its weights)."""
+    if stored is not None:
+        kept = StoredScorer(stored, parts, file.vocab_size)
+        described = {"file": str(stored), "source": kept.origin.source, "content": kept.origin.content}
+        return kept, described, kept.origin.tensors
+    assert reference is not None
+    other, described = reference()
+    if other.vocab_size != file.vocab_size:
+        raise other_vocabulary(described["directory"], other.vocab_size, file)
+    return other, described, described.pop("tensors", {})
 
 
 def _sizes(file: CnlFile, context: int | None, stride: int | None) -> tuple[int, int]:
