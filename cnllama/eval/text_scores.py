@@ -162,13 +162,13 @@ def _open_other(
     """(the model to compare with, what describes it, statistics of its weights)."""
     if stored is not None:
         kept = StoredScorer(stored, parts, file.vocab_size)
-        described = {"file": str(stored), "source": kept.origin.source, "content": kept.origin.content}
-        return kept, described, kept.origin.tensors
+        facts: dict[str, Any] = {"file": str(stored), "source": kept.origin.source, "content": kept.origin.content}
+        return kept, facts, kept.origin.tensors
     assert reference is not None
-    other, described = reference()
+    other, facts = reference()
     if other.vocab_size != file.vocab_size:
-        raise other_vocabulary(described["directory"], other.vocab_size, file)
-    return other, described, described.pop("tensors", {})
+        raise other_vocabulary(facts["directory"], other.vocab_size, file)
+    return other, facts, facts.pop("tensors", {})
 
 
 def _sizes(file: CnlFile, context: int | None, stride: int | None) -> tuple[int, int]:
