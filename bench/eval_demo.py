@@ -19,6 +19,7 @@ import numpy as np
 
 from cnllama import LLM
 from cnllama.adapt.reading import ReadLog, read_conversations, read_documents
+from cnllama.eval.texts import windows
 from cnllama.templates import encode_chat
 
 COUPLETS = Path(__file__).resolve().parent.parent / "tests" / "demo_couplets.tsv"
@@ -95,22 +96,21 @@ Sample = tuple[list[int], int, int]  # ids, where the scored part begins, charac
 
 
 def samples(llm: LLM, path: Path) -> Iterator[Sample]:
-    """What a set is scored on: documents in windows, or answers after their prompts where they fit into one."""
+    """What a set is scored on: documents in windows, or answers after their prompts where they fit into one.
+
+    Without end tokens, which spell no character.
+    """
     tokenizer, log = llm.tokenizer, ReadLog()
     if path.name.startswith("open_zh"):
         for _, messages in read_conversations(path, log):
             prompt = encode_chat(llm.template, tokenizer, messages[:-1])
             answer = messages[-1]["content"]
-            ids = [*prompt, *tokenizer.encode(answer), tokenizer.eos_id]
+            ids = [*prompt, *tokenizer.encode(answer)]
             if len(ids) <= WINDOW:
                 yield ids, len(prompt), len(answer)
         return
-    for document in read_documents(path, log):
-        ids = tokenizer.encode(document, eos=True)
-        for at in range(0, len(ids), WINDOW - 1):
-            part = ids[at : at + WINDOW - 1]
-            # the characters of a window are counted by its share of the document's tokens
-            yield [tokenizer.bos_id, *part], 1, len(document) * len(part) // len(ids)
+    for window in windows(tokenizer, list(read_documents(path, log)), WINDOW - 1, WINDOW - 1):
+        yield [*window.ids, window.targets[-1]], window.begin + 1, window.characters
 
 
 def perplexity(score: Score, parts: Sequence[Sample]) -> float:

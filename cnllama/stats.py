@@ -20,9 +20,16 @@ def bytes_per_step(llm: LLM) -> int:
     return sum(entry[0].nbytes for name, entry in tensors.items() if name not in skipped)
 
 
+def characters_after_first(llm: LLM, completion: Completion) -> int:
+    """Chinese characters of the answer that the first token did not bring: those whose time `timing.decode` is."""
+    first = llm.tokenizer.decode(completion.token_ids[:1])
+    return max(0, count_chinese(completion.text) - count_chinese(first))
+
+
 def measure(llm: LLM, completion: Completion, bandwidth: bool = True) -> dict[str, Any]:
     """Figures of one request, seconds and rates by name; a rate whose time is zero is None.
 
+    Rates of decoding, in tokens as in Chinese characters, leave out the first token, whose time belongs to the prefill.
     With `bandwidth` the main memory's is measured too, with the engine's threads, which takes some tenths of a second;
     a model on a GPU does not read it.
     """
@@ -46,7 +53,7 @@ def measure(llm: LLM, completion: Completion, bandwidth: bool = True) -> dict[st
         "drafted_tokens": usage.drafted_tokens,
         "accepted_tokens": usage.accepted_tokens,
         "chinese_chars": count_chinese(completion.text),
-        "chinese_chars_per_s": _ratio(count_chinese(completion.text), timing.decode),
+        "chinese_chars_per_s": _ratio(characters_after_first(llm, completion), timing.decode),
         "bytes_per_step": read,
         "bandwidth_bytes_per_s": limit,
         "bandwidth_share": read * rate / limit if rate and limit else None,

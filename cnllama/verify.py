@@ -124,6 +124,15 @@ def dequantized(tensor: TensorEntry) -> Iterator[FloatArray]:
         yield _core.dequantize(tensor.data, tensor.scheme, tensor.rows, tensor.cols, row, end)
 
 
+def statistics_differ(left: Mapping[str, float], right: Mapping[str, float]) -> Iterator[str]:
+    """How two records of a tensor's values before quantization differ by more than their rounding."""
+    scale = max(left["rms"], right["rms"])
+    for key in ("rms", "mean", "absmax"):
+        x, y = left[key], right[key]
+        if abs(x - y) > ROUNDING * max(scale, abs(x), abs(y)):
+            yield f"{key} is {x:.4g} and {y:.4g}"
+
+
 def compare(a: CnlFile, b: CnlFile) -> list[str]:
     """Differences of two files' models by their fingerprints, empty when they hold the same model.
 
@@ -136,11 +145,7 @@ def compare(a: CnlFile, b: CnlFile) -> list[str]:
         if shapes[0] != shapes[1]:
             found.append(f"{name}: {shapes[0][0]} x {shapes[0][1]} and {shapes[1][0]} x {shapes[1][1]}")
             continue
-        scale = max(left[name]["rms"], right[name]["rms"])
-        for key in ("rms", "mean", "absmax"):
-            x, y = left[name][key], right[name][key]
-            if abs(x - y) > ROUNDING * max(scale, abs(x), abs(y)):
-                found.append(f"{name}: {key} is {x:.4g} and {y:.4g}")
+        found += [f"{name}: {difference}" for difference in statistics_differ(left[name], right[name])]
     if a.tokenizer["sha256"] != b.tokenizer["sha256"] or a.tokenizer["added_tokens"] != b.tokenizer["added_tokens"]:
         found.append("tokenizer: the two files have different ones")
     return found

@@ -7,7 +7,7 @@ import csv
 import functools
 import io
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import models
 import numpy as np
 
+from cnllama.errors import CnllamaError
 from cnllama.tokenizer import Tokenizer
 
 LETTERS = "ABCD"
@@ -32,6 +33,17 @@ def evaluate(*args: object) -> subprocess.CompletedProcess[str]:
     with redirect_stdout(out), redirect_stderr(err):
         code = main(words)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def refusal(action: Callable[[], object]) -> str:
+    """What an action refuses its input with, one printable line; "" when it does not. Anything else is a fault."""
+    try:
+        action()
+        return ""
+    except CnllamaError as error:
+        text = str(error)
+    assert text.isprintable(), text
+    return text
 
 
 @functools.cache

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import eval_data
 import models
+import numpy as np
 import pytest
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install lm_eval")
@@ -16,6 +18,8 @@ pytest.importorskip("transformers", reason="the oracle is transformers")
 
 from lm_eval.api.instance import Instance
 
+from cnllama import LLM
+from cnllama.errors import InputError
 from cnllama.eval.lm_eval import CnllamaLM
 from cnllama.templates import TEMPLATES, encode_chat
 
@@ -29,6 +33,18 @@ doc_to_text: "{{{{question}}}}\\n答案："
 doc_to_choice: [A, B, C, D]
 doc_to_target: answer
 metric_list: [{{metric: acc}}]
+"""
+
+
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}, {{metric: bits_per_byte}}]
 """
 
 
@@ -94,7 +110,7 @@ def test_rolling_is_transformers_and_our_own_perplexity(ours: CnllamaLM, files: 
         assert a == pytest.approx(b, rel=5e-3), text[:20]
     with EngineScorer(ours.llm) as model:
         for text, value in zip(texts[:2], found, strict=False):
-            mine = perplexity(model, windows(ours.llm.tokenizer, [text], 256, 128), len(text))
+            mine = perplexity(model, windows(ours.llm.tokenizer, [text], 256, 128))
             assert -value == pytest.approx(mine.nll, rel=1e-9)
 
 
@@ -157,6 +173,45 @@ def test_a_local_task_gives_what_our_own_choice_gives(files: tuple[Path, Path], 
     mine = models.json_of(tmp_path / "r")
     assert results["results"]["letters"]["acc,none"] == mine["accuracy"]
     assert mine["correct"] == sum(row[5] == "C" for row in rows)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_words_and_bytes_divide_the_loss_of_all_of_their_text(tmp_path: Path, bos: bool) -> None:
+    """Every token is predicted, the first one too, whether the model puts a BOS before a text or not."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    base = models.make_llama(tmp_path / "hf", eval_data.letter_tokenizer(), seed=4)
+    models.write_json(base / "tokenizer_config.json", {"add_bos_token": bos})
+    cnl = models.convert(base, tmp_path / "m.cnl", "--quant", "q8")
+    texts = ["天空和大海", "从前 有一个农夫，\n他每天都去 田里", "A"]
+    loss = 0.0
+    with LLM(cnl, ctx=128) as llm:
+        for text in texts:
+            ids = [llm.tokenizer.bos_id, *llm.tokenize(text)]
+            logits = llm.logits(ids).astype(np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            loss -= sum(float(logits[i, ids[i + 1]]) for i in range(len(ids) - 1))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    (tmp_path / "rolling.yaml").write_text(ROLLING.format(file=file), encoding="utf-8")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = simple_evaluate(
+        model="cnllama", model_args=f"file={cnl},max_length=128", tasks=["rolling"], task_manager=manager,
+        bootstrap_iters=0,
+    )["results"]["rolling"]  # fmt: skip
+    size = sum(len(text.encode()) for text in texts)
+    assert found["byte_perplexity,none"] == pytest.approx(math.exp(loss / size), rel=1e-6)
+    assert found["bits_per_byte,none"] == pytest.approx(loss / size / math.log(2), rel=1e-6)
+    assert found["word_perplexity,none"] == pytest.approx(math.exp(loss / sum(len(t.split()) for t in texts)), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [-1, True, "x", 1.5, [], "1e400"])
+def test_lengths_that_are_no_numbers(ours: CnllamaLM, value: Any) -> None:
+    asked = requests("generate_until", ("天空", {"max_gen_toks": value, "max_new_tokens": value}))
+    with pytest.raises(InputError, match="tokens are to be generated, expected an integer, at least 0"):
+        ours.generate_until(asked, disable_tqdm=True)
 
 
 def test_the_command_line_knows_the_model(files: tuple[Path, Path], tmp_path: Path) -> None:

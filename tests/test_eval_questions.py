@@ -1,52 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C-Eval and CMMLU files and prompts: the official layouts, every malformed line named, the published texts exactly."""
+"""C-Eval and CMMLU files and answers: the official layouts, every malformed line named, letters out of text."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval_data
 import models
+import numpy as np
 import pytest
 
 from cnllama.errors import InputError
-from cnllama.eval.answers import extract_letter, letter_logits, letter_tokens
+from cnllama.eval.answers import choose, extract_letter, letter_logits, letter_tokens
 from cnllama.eval.benchmarks import BENCHMARKS
-from cnllama.eval.prompts import Prompter, choose_preset
+from cnllama.eval.models import Rows
+from cnllama.eval.prompts import Prompt
 from cnllama.eval.questions import Question, Subject, read_questions, read_subjects
-from cnllama.templates import TEMPLATES
 from cnllama.tokenizer import Tokenizer
 
 CEVAL, CMMLU = BENCHMARKS["ceval"], BENCHMARKS["cmmlu"]
-HEADER = "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-)
-SYSTEM2 = "[INST] <<SYS>>\nYou are a helpful assistant. 你是一个乐于助人的助手。\n<</SYS>>\n\n"
 
 
 def question(number: int, answer: str = "B") -> Question:
     return Question(str(number), f"第{number}题", ("甲", "乙", "丙", "丁"), answer, "因为如此")
 
 
-def subject(shots: int) -> Subject:
-    return Subject("law", "法学", ("Humanities",), [question(n, "CD"[n % 2]) for n in range(shots)], [question(9)])
-
-
-def stem(number: int) -> str:
-    return f"第{number}题\nA. 甲\nB. 乙\nC. 丙\nD. 丁"
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(eval_data.letter_tokenizer())
-
-
-def prompt(tokenizer: Tokenizer, preset: str, shots: int, cot: bool = False, benchmark: str = "ceval") -> str:
-    prompter = Prompter(preset, BENCHMARKS[benchmark], tokenizer, TEMPLATES["raw"], cot)
-    made = prompter.prompt(subject(shots), question(9), 4096)
-    assert made.shots == shots
-    assert list(made.ids) == tokenizer.encode(made.text, bos=True)
-    return made.text
 
 
 def test_subjects_are_those_of_the_benchmarks(shared_data: Path) -> None:
@@ -60,62 +40,6 @@ def test_numbers_of_subjects() -> None:
     groups = [info.groups[0] for info in CEVAL.subjects.values()]
     assert [groups.count(g) for g in ("STEM", "Social Science", "Humanities", "Other")] == [20, 10, 11, 11]
     assert len(CMMLU.subjects) == 67
-
-
-def test_prompts_of_base_models(tokenizer: Tokenizer) -> None:
-    assert prompt(tokenizer, "base", 0) == stem(9) + "\n答案："
-    expected = HEADER + stem(0) + "\n答案：C\n\n" + stem(1) + "\n答案：D\n\n" + stem(9) + "\n答案："
-    assert prompt(tokenizer, "base", 2) == expected
-    assert prompt(tokenizer, "base", 0, cot=True) == stem(9) + "\n答案：让我们一步一步思考，\n1."
-    assert prompt(tokenizer, "base", 1, cot=True) == (
-        HEADER + stem(0) + "\n答案：让我们一步一步思考，\n因为如此\n所以答案是C。\n\n" + stem(9)
-        + "\n答案：让我们一步一步思考，\n1."
-    )  # fmt: skip
-
-
-def test_prompts_of_alpaca(tokenizer: Tokenizer) -> None:
-    end = "\n\n### Response: "
-    assert prompt(tokenizer, "alpaca", 0) == ALPACA + stem(9) + "\n答案是什么？ " + end
-    expected = ALPACA + HEADER + stem(0) + "\n答案：C\n\n" + stem(9) + "\n答案是什么？ " + end
-    assert prompt(tokenizer, "alpaca", 1) == expected
-    assert prompt(tokenizer, "alpaca", 0, cot=True) == ALPACA + stem(9) + "\n答案是什么？让我们一步一步思考，\n1." + end
-
-
-def test_prompts_of_alpaca_2(tokenizer: Tokenizer) -> None:
-    assert prompt(tokenizer, "alpaca-2", 0) == SYSTEM2 + stem(9) + "\n答案： [/INST]"
-    expected = SYSTEM2 + HEADER + " [/INST]好的，我会结合法学相关知识回答"
-    expected += "[INST] " + stem(0) + "\n答案：[/INST]C\n[INST] " + stem(1) + "\n答案：[/INST]D\n"
-    expected += SYSTEM2 + stem(9) + "\n答案： [/INST]"
-    assert prompt(tokenizer, "alpaca-2", 2) == expected
-    chinese_only = "[INST] <<SYS>>\n你是一个乐于助人的助手。\n<</SYS>>\n\n"
-    assert prompt(tokenizer, "alpaca-2", 0, benchmark="cmmlu") == chinese_only + stem(9) + "\n答案： [/INST]"
-
-
-def test_prompts_of_a_template(tokenizer: Tokenizer) -> None:
-    prompter = Prompter("template", CEVAL, tokenizer, TEMPLATES["chatml"])
-    made = prompter.prompt(subject(1), question(9), 4096)
-    assert made.ids[0] == tokenizer.bos_id
-    assert made.text.count("<|im_start|>") == 7
-    assert made.text.endswith(stem(9) + "\n答案：<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_presets_follow_the_file() -> None:
-    names = {"raw": "base", "alpaca": "alpaca", "alpaca-2": "alpaca-2", "chatml": "template"}
-    assert {template: choose_preset("auto", template) for template in TEMPLATES} == names
-    assert choose_preset("base", "alpaca") == "base"
-    with pytest.raises(InputError, match="no preset 'x'"):
-        choose_preset("x", "raw")
-
-
-def test_examples_that_do_not_fit_are_dropped_from_the_end(tokenizer: Tokenizer) -> None:
-    prompter = Prompter("base", CEVAL, tokenizer, TEMPLATES["raw"])
-    two = prompter.prompt(subject(2), question(9), 4096)
-    fitted = prompter.prompt(subject(5), question(9), len(two.ids))
-    assert (fitted.shots, fitted.text) == (2, two.text)
-    bare = prompter.prompt(subject(0), question(9), 4096)
-    assert prompter.prompt(subject(5), question(9), len(bare.ids)).shots == 0
-    with pytest.raises(InputError, match=rf"question 9 of law takes {len(bare.ids)} tokens .* room for 10"):
-        prompter.prompt(subject(5), question(9), 10)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +64,6 @@ def test_letters_out_of_text(text: str, letter: str | None) -> None:
 
 
 def test_letter_tokens_and_their_sum(tokenizer: Tokenizer) -> None:
-    import numpy as np
-
     found = letter_tokens(tokenizer)
     assert [tokenizer.piece(i) for i in found.space] == ["▁A", "▁B", "▁C", "▁D"]
     assert [tokenizer.piece(i) for i in found.colon] == ["A", "B", "C", "D"]
@@ -152,6 +74,28 @@ def test_letter_tokens_and_their_sum(tokenizer: Tokenizer) -> None:
     assert letter_logits(row, letter_tokens(tokenizer, "space")) == [1, 2, 3, 4]
     assert letter_logits(row, letter_tokens(tokenizer, "colon")) == [4, 0, -1, -3.5]
     assert letter_logits(row, found, [found.colon[0], found.colon[2]], 2.0) == [3, 2, 1, 0.5]
+
+
+def test_letters_by_their_own_pieces(tokenizer: Tokenizer) -> None:
+    found = letter_tokens(tokenizer, "piece")
+    assert [tokenizer.piece(i) for i in found.piece] == ["A", "B", "C", "D"]
+    assert (found.variant, found.space, found.colon) == ("piece", (), ())
+    row = np.zeros(tokenizer.pieces, np.float32)
+    row[list(found.piece)] = [1, 5, 3, 4]
+    assert letter_logits(row, found, [found.piece[1]], 2.0) == [1, 2.5, 3, 4]
+
+
+def test_the_response_is_the_most_likely_token_after_the_penalty(tokenizer: Tokenizer) -> None:
+    """As the scripts decode their processed scores."""
+    letters = letter_tokens(tokenizer)
+    row = np.zeros((1, tokenizer.pieces), np.float32)
+    row[0, letters.colon[0]], row[0, letters.colon[1]] = 10, 9.5
+    model = SimpleNamespace(rows=lambda items, progress: [Rows(0, 1, row)])
+    subject = Subject("law", "法学", (), [], [])
+    prompt = Prompt(subject, question(0), "", [5, letters.colon[0]], 0)
+    for penalty, letter in ((1.0, "A"), (1.1, "B")):
+        ((_, answer),) = choose(model, [prompt], letters, penalty=penalty, tokenizer=tokenizer)
+        assert (answer.response, answer.letter) == (letter, letter)
 
 
 def test_a_spelling_that_cannot_tell_letters_apart_is_left_out(tokenizer_model: bytes) -> None:

@@ -206,13 +206,21 @@ def test_the_report_is_made_from_the_rows() -> None:
         (("--json", "{tmp}/a", "--markdown", "{tmp}/a"), "two results"),
         (("--lora", "{tmp}/none"), "none: there is no such directory"),
         (("--work", "{text}/x"), "is a file, not a directory"),
+        (("--work", "{text}"), "this is no directory"),
+        (("--work", "{base}/../{name}"), "this is the checkpoint's own directory"),
+        (("--threads", "4294967296"), "--threads is 4294967296, expected 0 to 1024"),
     ],
 )
 def test_bad_input_is_one_sentence(
     tiny_llama: Path, text_file: Path, tmp_path: Path, args: tuple[str, ...], words: str
 ) -> None:
     pytest.importorskip("transformers")
-    done = evaluate("table", tiny_llama, text_file, *(arg.format(tmp=tmp_path, text=text_file) for arg in args))
+    done = evaluate(
+        "table",
+        tiny_llama,
+        text_file,
+        *(arg.format(tmp=tmp_path, text=text_file, base=tiny_llama, name=tiny_llama.name) for arg in args),
+    )
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr

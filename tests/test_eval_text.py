@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import eval_data
 import models
@@ -16,10 +18,10 @@ from eval_data import evaluate
 
 from cnllama import LLM
 from cnllama.errors import CnllamaError, InputError
-from cnllama.eval.models import EngineScorer
+from cnllama.eval.models import EngineScorer, Rows
 from cnllama.eval.numerics import divergence, log_softmax, sign_test, target_logprobs
 from cnllama.eval.perplexity import compare, perplexity
-from cnllama.eval.stored import SavingScorer, StoredScorer
+from cnllama.eval.stored import Origin, SavingScorer, StoredScorer
 from cnllama.eval.text_scores import measure_perplexity
 from cnllama.eval.texts import Text, Window, read_text, windows
 from cnllama.format import open_cnl
@@ -46,24 +48,36 @@ class Digits:
     """Stands for a tokenizer: a token for each character. Windows need no more of one."""
 
     def __init__(self, add_bos: bool) -> None:
-        self.add_bos, self.bos_id = add_bos, 100
+        self.add_bos, self.bos_id, self.removes_extra_spaces = add_bos, 100, False
 
     def encode(self, text: str) -> list[int]:
         return [int(character) for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(self.feed, ids))
+
+    def surface(self, token: int) -> Any:
+        return SimpleNamespace(byte=None)
+
+    def stream(self) -> "Digits":
+        return self
+
+    def feed(self, token: int) -> str:
+        return str(token)
 
 
 def test_windows_by_hand() -> None:
     found = windows(Digits(True), ["01234567"], 4, 2)
     assert found == [
-        Window([100, 0, 1, 2], 0, [0, 1, 2, 3]),
-        Window([100, 2, 3, 4], 2, [4, 5]),
-        Window([100, 4, 5, 6], 2, [6, 7]),
+        Window([100, 0, 1, 2], 0, [0, 1, 2, 3], 4),
+        Window([100, 2, 3, 4], 2, [4, 5], 2),
+        Window([100, 4, 5, 6], 2, [6, 7], 2),
     ]
     found = windows(Digits(False), ["01234567", "9", "78"], 4, 3)
     assert found == [
-        Window([0, 1, 2, 3], 0, [1, 2, 3, 4]),
-        Window([3, 4, 5, 6], 1, [5, 6, 7]),
-        Window([7], 0, [8]),
+        Window([0, 1, 2, 3], 0, [1, 2, 3, 4], 4),
+        Window([3, 4, 5, 6], 1, [5, 6, 7], 3),
+        Window([7], 0, [8], 1),
     ]
 
 
@@ -79,6 +93,7 @@ def test_every_token_is_predicted_once_after_all_it_can_see(bos: bool, size: int
         assert len(window.ids) - window.begin == len(window.targets)
         assert list(window.ids[window.begin + 1 :]) == list(window.targets[:-1])
         assert window is found[0] or window.begin >= size - stride
+        assert window.characters == len(window.targets)
     with pytest.raises(InputError, match="--stride is 0"):
         windows(Digits(bos), [text], size, 0)
     with pytest.raises(InputError, match=f"expected 1 to the context, {size}"):
@@ -113,9 +128,10 @@ def test_perplexity_is_numpy_s(tiny_cnl: Path, size: int, stride: int) -> None:
             logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
             expected -= logits[np.arange(len(logits)), window.targets].sum()
         with EngineScorer(llm, 4) as model:
-            found = perplexity(model, parts, len(TEXT) + 50)
+            found = perplexity(model, parts)
     assert found.tokens == sum(len(llm.tokenizer.encode(text)) for text in (TEXT, TEXT[:50]))
     assert found.nll == pytest.approx(expected, rel=1e-8)
+    assert found.characters == len(TEXT) + 50
 
 
 def test_perplexity_and_divergence_against_transformers(q8: tuple[Path, Path], text_file: Path, tmp_path: Path) -> None:
@@ -182,11 +198,11 @@ def test_a_model_does_not_diverge_from_itself(tiny_cnl: Path, tmp_path: Path) ->
         assert same["top1_agreement"] == 1
         assert same["perplexity_ratio"] == pytest.approx(1, abs=1e-12)
         path = tmp_path / "kept.safetensors"
-        with SavingScorer(other, path, parts, "itself") as saving:
+        with SavingScorer(other, path, parts, Origin("itself")) as saving:
             compare(ours, saving, parts)
         stored = StoredScorer(path, parts, first.vocab_size)
         kept = compare(ours, stored, parts).figures()
-        assert stored.source == "itself"
+        assert stored.origin == Origin("itself")
         assert kept["kl_max"] < 1e-5
         with pytest.raises(InputError, match="has 901 tokens"):
             StoredScorer(path, parts, 901)
@@ -209,7 +225,7 @@ def test_a_failed_run_leaves_no_reference_file(tiny_cnl: Path, tmp_path: Path) -
         parts = windows(llm.tokenizer, [TEXT[:100]], 64, 32)
 
         def stop() -> None:
-            with SavingScorer(EngineScorer(llm), tmp_path / "kept", parts, "") as saving:
+            with SavingScorer(EngineScorer(llm), tmp_path / "kept", parts, Origin("")) as saving:
                 next(saving.rows(parts))
                 raise CnllamaError("stopped")
 
@@ -256,6 +272,25 @@ def test_numerics() -> None:
     p, q = log_softmax(np.log([[0.5, 0.5]])), log_softmax(np.log([[0.25, 0.75]]))
     assert divergence(p, q) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert divergence(p, p) == 0
+    with np.errstate(divide="ignore"):
+        never, other = log_softmax(np.log([[0.5, 0.5, 0.0]])), log_softmax(np.log([[0.25, 0.75, 0.0]]))
+    assert divergence(never, other) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+
+
+def test_an_infinite_divergence_is_one_sentence() -> None:
+    class One:
+        vocab_size = 3
+
+        def __init__(self, row: list[float]) -> None:
+            self.row = row
+
+        def rows(self, items: Any, progress: Any = None) -> Any:
+            yield Rows(0, 0, np.array([self.row], np.float32))
+
+    parts = [Window([5], 0, [0], 1)]
+    with pytest.raises(CnllamaError, match="a token that one model can choose is impossible in the other"):
+        compare(One([0, 1, -math.inf]), One([0, 1, 0]), parts)
+    assert compare(One([0, 1, 0]), One([0, 1, -math.inf]), parts).kl.max() > 0
 
 
 @pytest.mark.parametrize(
@@ -282,6 +317,9 @@ def test_perplexity_imports_no_training_library(tiny_cnl: Path, text_file: Path)
         (("ppl", "{cnl}", "missing.txt"), "missing.txt: there is no such file"),
         (("ppl", "{cnl}", "{text}", "--stride", "0"), "--stride is 0"),
         (("ppl", "{cnl}", "{text}", "--ctx", "1"), "--ctx is 1"),
+        (("ppl", "{cnl}", "{text}", "--ctx", "9" * 30), "expected 2 to 16,777,216 tokens"),
+        (("ppl", "{cnl}", "{text}", "--threads", "9" * 30), "--threads is 9"),
+        (("kl", "{cnl}", "{text}", "--reference-logits", "{cnl}", "--threads", "-1"), "--threads is -1"),
         (("ppl", "{cnl}", "{text}", "--chars", "0"), "--chars is 0"),
         (("ppl", "{cnl}", "{text}", "--json", "{text}/x"), "is a file, not a directory"),
         (("ppl", "{text}", "{text}"), "expected a"),

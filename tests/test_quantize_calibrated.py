@@ -285,6 +285,6 @@ def test_room_for_both_files_is_asked_before_the_calibration(
     size = convert(tiny_llama, [], tmp_path / "plain.cnl", quantizer="rtn").size
     monkeypatch.setattr("cnllama.space.free_bytes", lambda _: size * 3 // 2)
     monkeypatch.setattr(gptq, "solve", lambda *_: pytest.fail("it was calibrated"))
-    with pytest.raises(CnllamaError, match="will have .* bytes but its disk has"):
+    with pytest.raises(CnllamaError, match=r"will have .* bytes but its disk has"):
         convert(tiny_llama, [], tmp_path / "x.cnl", quantizer="gptq", calibrate=text, calibrate_tokens=TOKENS)
     assert [path.name for path in tmp_path.iterdir()] == ["plain.cnl"]

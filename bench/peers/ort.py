@@ -108,7 +108,8 @@ class Engine(Base):
         self._generator.append_tokens(np.tile(ids, (self._batch, 1)))
 
     def count_tokens(self, text: str) -> int | None:
-        return len(self._tokenizer.encode(text))
+        # Its encode may put a begin token before any text: what it makes of nothing does not belong to the text.
+        return len(self._tokenizer.encode(text)) - len(self._tokenizer.encode(""))
 
     def logits(self) -> np.ndarray | None:
         return np.asarray(self._generator.get_logits(), np.float32).reshape(-1, self.vocab_size)[-1]

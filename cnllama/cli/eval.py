@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def _add_kl(parser: argparse.ArgumentParser) -> None:
 def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
     from cnllama.eval.answers import VARIANTS
     from cnllama.eval.benchmarks import BENCHMARKS
-    from cnllama.eval.prompts import PRESETS
+    from cnllama.eval.procedures import PRESETS
 
     benchmark = BENCHMARKS[name]
     add = parser.add_argument
@@ -88,15 +89,15 @@ def _add_choice(parser: argparse.ArgumentParser, name: str) -> None:
     add("--shots", type=int, default=0, metavar="N", help=tr("solved examples before a question", "示例数量"))
     add_list_option(parser, "--subject", metavar="KEY", help=tr("only these", "只评测这些科目"))
     add("--preset", choices=PRESETS, default="auto", help=tr("form of the prompt (the file's)", "提示形式"))
-    add("--letters", choices=VARIANTS, default="both", help=tr("spellings of A-D whose logits count", "字母的写法"))
-    text = tr("repetition penalty on letters", "字母的重复惩罚")
-    add("--repeat-penalty", "--penalty", dest="penalty", type=float, default=1.0, metavar="R", help=text)
+    add("--letters", choices=VARIANTS, help=tr("spellings of A-D whose logits count (the preset's)", "字母的写法"))
+    text = tr("repetition penalty on letters (the preset's)", "字母的重复惩罚")
+    add("--repeat-penalty", "--penalty", dest="penalty", type=float, metavar="R", help=text)
     add("--generate", action="store_true", help=tr("let it write, and read the letter out of that", "自由生成"))
     add("--cot", action="store_true", help=tr("step by step; with --generate", "思维链"))
     add("--temp", type=float, metavar="T", help=tr("of --generate (0.2)", "生成温度"))
     add("--seed", type=int, default=1, metavar="S", help=tr("of --generate", "生成的随机种子"))
-    add("--max-tokens", type=int, metavar="N", help=tr("of --generate (20; with --cot 512)", "生成长度"))
-    add("--sequences", type=int, default=1, metavar="N", help=tr("generated at once", "同时生成的数量"))
+    add("--max-tokens", type=int, metavar="N", help=tr("of --generate (the preset's: 20)", "生成长度"))
+    add("--sequences", type=int, metavar="N", help=tr("generated at once (1)", "同时生成的数量（1）"))
     add("--log", type=Path, metavar="OUT", help=tr("every prompt and answer, JSON lines", "记录全部提示与回答"))
     if name == "ceval":
         add("--submission", type=Path, metavar="OUT", help=tr("the letters as C-Eval takes them", "提交文件"))
@@ -116,11 +117,16 @@ def _ppl(args: argparse.Namespace) -> int:
         print(
             f"{row['text']}: perplexity {row['perplexity_per_token']:.4f} per token, "
             f"{row['perplexity_per_character']:.4f} per character, {row['bits_per_character']:.4f} bits per character; "
-            f"{row['tokens']:,} tokens, {row['characters']:,} characters in {row['documents']:,} documents; "
+            f"{row['tokens']:,} tokens, {_characters(row)} in {row['documents']:,} documents; "
             f"context {result['context']}, stride {result['stride']}; {row['seconds']:.1f} s, "
             f"{row['tokens_run_per_s']:,.0f} tok/s"
         )
     return 0
+
+
+def _characters(row: dict[str, Any]) -> str:
+    found, text = row["characters"], row["text_characters"]
+    return f"{found:,} characters" + (f" of {text:,}" if found != text else "")
 
 
 def _kl(args: argparse.Namespace) -> int:
@@ -185,20 +191,18 @@ def _choice(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from cnllama.eval.multiple_choice import ANSWER_TOKENS, SAMPLING, STEPS_TOKENS, Settings
+    from cnllama.eval.multiple_choice import Settings
 
-    params = None
-    if args.generate or args.cot:
-        tokens = args.max_tokens or (STEPS_TOKENS if args.cot else ANSWER_TOKENS)
-        params = SAMPLING.with_changes(seed=args.seed, max_tokens=tokens)
-        if args.temp is not None:
-            params = params.with_changes(temperature=args.temp)
-    if params and args.reference:
+    if args.reference and (args.generate or args.cot):
         raise InputError("--reference compares choices by logits: leave out --generate and --cot")
-    if args.sequences < 1:
+    if args.sequences is not None and args.sequences < 1:
         raise InputError(f"--sequences is {args.sequences}, expected 1 or more")
-    if not args.penalty > 0:
-        raise InputError(f"--penalty is {args.penalty}, expected more than 0")
+    if args.penalty is not None and not (args.penalty > 0 and math.isfinite(args.penalty)):
+        raise InputError(f"--penalty is {args.penalty}, expected a number over 0")
+    given = {"--temp": args.temp, "--max-tokens": args.max_tokens, "--sequences": args.sequences}
+    unused = [name for name, value in given.items() if value is not None]
+    if unused and not (args.generate or args.cot):
+        raise InputError(f"{unused[0]} belongs to --generate: letters are chosen without it")
     return Settings(
         split=args.split,
         shots=args.shots,
@@ -206,9 +210,12 @@ def _settings(args: argparse.Namespace) -> Any:
         preset=args.preset,
         letters=args.letters,
         penalty=args.penalty,
-        params=params,
+        generate=args.generate,
+        temperature=args.temp,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
         context=args.ctx,
-        sequences=args.sequences,
+        sequences=args.sequences or 1,
         only=tuple(args.subject),
     )
 
@@ -226,9 +233,12 @@ def _reference(args: argparse.Namespace, file: CnlFile) -> Reference | None:
         raise other_vocabulary(args.reference, found, file)
 
     def open_it() -> tuple[Scorer, dict[str, Any]]:
+        from cnllama.contents import content_key
         from cnllama.eval.reference import open_reference
 
         described = {"directory": str(args.reference), "lora": list(map(str, args.lora)), "dtype": args.reference_dtype}
-        return open_reference(args.reference, args.lora, args.reference_dtype), described
+        described["content"] = content_key([args.reference, *args.lora])
+        model = open_reference(args.reference, args.lora, args.reference_dtype)
+        return model, described | {"tensors": model.tensors}
 
     return open_it

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from cnllama.llm import LLM
 
 
+MAX_THREADS = 1024
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--ctx, --kv, --threads, --json."""
     parser.add_argument("--ctx", type=int, metavar="N", help=tr("tokens of the context", "上下文长度"))
@@ -53,8 +56,15 @@ def read(path: Path, args: argparse.Namespace) -> Text:
     return text
 
 
+def check_threads(args: argparse.Namespace) -> None:
+    """Raises InputError for --threads that no machine has."""
+    if not 0 <= args.threads <= MAX_THREADS:
+        raise InputError(f"--threads is {args.threads}, expected 0 to {MAX_THREADS}")
+
+
 def opener(args: argparse.Namespace) -> Opener:
-    """What opens a packed file with --threads and --kv; warnings go to stderr."""
+    """What opens a packed file with --threads and --kv; warnings go to stderr. Raises InputError as check_threads."""
+    check_threads(args)
 
     def open_llm(path: Path, context: int, sequences: int) -> LLM:
         from cnllama.llm import LLM

@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from cnllama.arguments import add_comma_option, add_list_option
-from cnllama.cli.eval_shared import Files, add_text_options, command, opener, read, say
-from cnllama.errors import InputError
+from cnllama.cli.eval_shared import Files, add_text_options, check_threads, command, opener, read, say
+from cnllama.errors import InputError, os_errors_explained
 from cnllama.files import make_directory
 from cnllama.scratch import scratch_beside
 from cnllama.textio import tr
@@ -78,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     from cnllama.eval.table import Settings, Table
     from cnllama.eval.table_report import markdown, picture
 
+    check_threads(args)
+    _check_work(args)
     forms = [*our_forms(args), *their_forms(args)]
     args.kv = "fp16"
     with Files(args.json, args.markdown, args.png) as files, ExitStack() as stack:
@@ -98,6 +99,17 @@ def run(args: argparse.Namespace) -> int:
             files.write(args.png, picture(result))
     print(report, end="")
     return 0
+
+
+def _check_work(args: argparse.Namespace) -> None:
+    """What is kept would change the checkpoint's directory, by whose contents it is named."""
+    if args.work is None:
+        return
+    with os_errors_explained(args.work):
+        if args.work.exists() and not args.work.is_dir():
+            raise InputError(f"{args.work}: this is no directory, expected one for what is kept")
+        if args.work.resolve() in [path.resolve() for path in (args.base, *args.lora)]:
+            raise InputError(f"{args.work}: this is the checkpoint's own directory, choose another one for --work")
 
 
 def our_forms(args: argparse.Namespace) -> list[Form]:
@@ -164,9 +176,9 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _llama_cpp_version(args: argparse.Namespace) -> str | None:
-    from importlib.metadata import version
+    from cnllama.eval.llama_cpp import package_version
 
-    return None if args.gguf is None else version("llama-cpp-python")
+    return None if args.gguf is None else package_version()
 
 
 class _Checkpoint:
@@ -234,13 +246,10 @@ class _Checkpoint:
         return kind
 
 
-def _key(directories: Iterable[Path], calibrate: Path | None) -> str:
-    """Changes when a file does, by name, size and time, or cnllama: what --work holds belongs to one."""
-    from importlib.metadata import version
+def _key(directories: Sequence[Path], calibrate: Path | None) -> str:
+    """Names what --work keeps: the contents of the checkpoint, its adapters and the calibration text, and the code."""
+    from cnllama.contents import content_key
+    from cnllama.eval.keys import code_key, options_key
 
-    digest = hashlib.sha256(version("cnllama").encode())
-    files = [path for directory in directories for path in sorted(directory.iterdir()) if path.is_file()]
-    for path in files + ([calibrate] if calibrate else []):
-        found = path.stat()
-        digest.update(f"{path.resolve()}\0{found.st_size}\0{found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:12]
+    chosen = "the bundled text" if calibrate is None else content_key([calibrate])
+    return options_key(content_key(directories), chosen, code_key())

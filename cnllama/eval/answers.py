@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from cnllama.sampling import SamplingParams
     from cnllama.tokenizer import Tokenizer
 
-VARIANTS = ("both", "space", "colon")
+VARIANTS = ("both", "space", "colon", "piece")
+_LARGEST = 1e300  # of a penalized logit: two of them still have a sum
 
 # What the published scripts look for in an answer, in this order; the last match of the first, the first of the others.
 _STEPS_PATTERN = r"所以答案是(.+?)。"
@@ -39,12 +42,13 @@ _PATTERNS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """letter: None when nothing could be read out of the response."""
+    """letter: None when nothing could be read out of the response. drawn: nothing could, and it is one by chance."""
 
     prompt: Prompt
     letter: str | None
     logits: Sequence[float] = field(default=())
     response: str = ""
+    drawn: bool = False
 
     @property
     def correct(self) -> bool | None:
@@ -62,6 +66,7 @@ class Answer:
             "prompt": prompt.text,
             "prompt_tokens": len(prompt.ids),
             "letter": self.letter,
+            "drawn": self.drawn,
             "answer": prompt.question.answer,
             "correct": self.correct,
             "response": self.response,
@@ -73,14 +78,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class LetterTokens:
-    """Ids of the four letters: at the start of a text, with SentencePiece's space, and right after a colon."""
+    """Ids of the four letters in the spellings of `variant`: at the start of a text, with SentencePiece's space, and
+    right after a colon; or the pieces that are called so.
+    """
 
     space: tuple[int, ...] = ()
     colon: tuple[int, ...] = ()
+    piece: tuple[int, ...] = ()
 
     @property
     def variant(self) -> str:
         """Which of VARIANTS it is."""
+        if self.piece:
+            return "piece"
         return "both" if self.space and self.colon else "space" if self.space else "colon"
 
 
@@ -90,34 +100,48 @@ def letter_tokens(tokenizer: Tokenizer, variant: str = "both") -> LetterTokens:
     """
     if variant not in VARIANTS:
         raise InputError(f"the letters are {variant!r}, expected one of {', '.join(VARIANTS)}")
-    space = tuple(tokenizer.encode(letter)[0] for letter in LETTERS) if variant != "colon" else ()
-    colon = tuple(tokenizer.encode("：" + letter)[-1] for letter in LETTERS) if variant != "space" else ()
-    found = LetterTokens(*(ids if len(set(ids)) == len(LETTERS) else () for ids in (space, colon)))
-    if not found.space and not found.colon:
-        raise InputError("the tokenizer spells A, B, C and D with the same token: use --generate")
+    spellings: dict[str, tuple[int, ...]] = {}
+    if variant in ("both", "space"):
+        spellings["space"] = tuple(tokenizer.encode(letter)[0] for letter in LETTERS)
+    if variant in ("both", "colon"):
+        spellings["colon"] = tuple(tokenizer.encode("：" + letter)[-1] for letter in LETTERS)
+    if variant == "piece":
+        ids = {tokenizer.piece(i): i for i in range(tokenizer.pieces)}
+        spellings["piece"] = tuple(ids[letter] for letter in LETTERS if letter in ids)
+    found = LetterTokens(**{name: ids for name, ids in spellings.items() if len(set(ids)) == len(LETTERS)})
+    if not (found.space or found.colon or found.piece):
+        raise InputError(
+            f"the tokenizer has no four different tokens for A, B, C and D ({variant}): use other --letters, or "
+            "--generate"
+        )
     return found
 
 
-def letter_logits(
-    row: npt.NDArray[np.float32], tokens: LetterTokens, prompt: Sequence[int] = (), penalty: float = 1.0
-) -> list[float]:
-    """The sum of a letter's logits over its spellings. row: [vocab_size].
-
-    penalty: tokens that occur in `prompt` have a positive logit divided and a negative one multiplied by it, which is
-    the repetition penalty of the published scripts' sampling settings.
+def penalized(row: npt.NDArray[Any], tokens: Sequence[int], penalty: float) -> npt.NDArray[np.float64]:
+    """[vocab_size] float64: the logits, those of `tokens` divided by the penalty where positive, else multiplied by it
+    (Keskar et al. 2019, arXiv 1909.05858, as transformers does it).
     """
-    sums = np.zeros(len(LETTERS), np.float32)
-    seen = set(prompt) if penalty != 1.0 else set()
-    for ids in (tokens.space, tokens.colon):
-        if ids:
-            values = row[list(ids)].astype(np.float32)
-            if penalty != 1.0:
-                punished = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
-                values = np.where([i in seen for i in ids], punished, values).astype(np.float32)
-            sums += values
-    if not np.isfinite(sums).all():
+    values = np.array(row, np.float64)
+    if penalty != 1.0 and len(tokens):
+        at = np.unique(np.asarray(tokens, np.int64))
+        chosen = values[at]
+        with np.errstate(over="ignore"):
+            punished = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+        values[at] = np.clip(punished, -_LARGEST, _LARGEST)
+    return values
+
+
+def letter_logits(
+    row: npt.NDArray[Any], tokens: LetterTokens, prompt: Sequence[int] = (), penalty: float = 1.0
+) -> list[float]:
+    """The sum of a letter's logits over its spellings. row: [vocab_size]. penalty: of the tokens of `prompt`, see
+    penalized. Raises CnllamaError for logits that are not finite.
+    """
+    values = penalized(row, prompt, penalty)
+    sums = [sum(float(values[ids[i]]) for ids in (tokens.space, tokens.colon, tokens.piece) if ids) for i in range(4)]
+    if not all(map(math.isfinite, sums)):
         raise CnllamaError("the logits of the letters are not finite: the weights are damaged or training diverged")
-    return [float(value) for value in sums]
+    return sums
 
 
 def choose(
@@ -131,14 +155,16 @@ def choose(
 ) -> Iterator[tuple[int, Answer]]:
     """(number of the prompt, answer) as they come: the letter with the largest sum of logits, the first of equals.
 
-    tokenizer: to name the most likely token of all as the response.
+    tokenizer: to name the most likely token of all, after the penalty, as the response.
     """
     items = [Item(prompt.ids, len(prompt.ids) - 1) for prompt in prompts]
     for rows in model.rows(items, progress):
         prompt = prompts[rows.item]
         values = letter_logits(rows.logits[-1], tokens, prompt.ids, penalty)
-        top = int(rows.logits[-1].argmax())
-        response = tokenizer.piece(top) if tokenizer is not None and tokenizer.has(top) else ""
+        response = ""
+        if tokenizer is not None:
+            top = int(penalized(rows.logits[-1], prompt.ids, penalty).argmax())
+            response = tokenizer.piece(top) if tokenizer.has(top) else ""
         yield rows.item, Answer(prompt, LETTERS[int(np.argmax(values))], values, response)
 
 
@@ -149,12 +175,29 @@ def generate(
     size = llm.plan.sequences
     for at in range(0, len(prompts), size):
         batch = prompts[at : at + size]
-        seeds = [params.with_changes(seed=(params.seed or 0) + at + i) for i in range(len(batch))]
+        seeds = [params.with_changes(seed=seed_of(params, at + i)) for i in range(len(batch))]
         results = llm.generate([list(prompt.ids) for prompt in batch], seeds)
         for i, (prompt, result) in enumerate(zip(batch, results, strict=True)):
-            yield at + i, Answer(prompt, extract_letter(result.text, prompt.question), response=result.text)
+            yield at + i, answer_in(result.text, prompt)
             if progress:
                 progress(len(prompt.ids))
+
+
+def seed_of(params: SamplingParams, number: int) -> int:
+    """The seed of question `number`."""
+    return ((params.seed or 0) + number) % (1 << 64)
+
+
+def answer_in(text: str, prompt: Prompt) -> Answer:
+    """The answer that a generated text holds."""
+    return Answer(prompt, extract_letter(text, prompt.question), response=text)
+
+
+def drawn(answer: Answer, seed: int) -> Answer:
+    """The same answer with a letter by chance where none could be read, which is what the published scripts do."""
+    if answer.letter is not None:
+        return answer
+    return replace(answer, letter=random.Random(seed).choice(LETTERS), drawn=True)
 
 
 def extract_letter(text: str, question: Question) -> str | None:
@@ -170,6 +213,6 @@ def extract_letter(text: str, question: Question) -> str | None:
     if match:
         return match[0]
     # Where two choices are the same text the later letter counts, as in the scripts' table.
-    letters = {choice: letter for letter, choice in zip(LETTERS, question.choices, strict=True) if choice.strip()}
+    letters = {choice: letter for letter, choice in zip(LETTERS, question.choices, strict=True) if choice}
     match = re.search("|".join(map(re.escape, letters)), text) if letters else None
     return letters[match[0]] if match else None

@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -38,6 +39,11 @@ def load() -> ModuleType:
     api.llama_log_set(_LOG, ctypes.c_void_p(0))
     api.llama_backend_init()
     return api
+
+
+def package_version() -> str:
+    """Of llama-cpp-python, which decides what quantize() writes."""
+    return version("llama-cpp-python")
 
 
 # The last errors that llama.cpp logged; nothing is printed.
@@ -101,7 +107,10 @@ def weigh(path: Path) -> dict[str, Any]:
     kinds = Counter(names.get(file.kinds[name][0], str(file.kinds[name][0])) for name in matrices)
 
     def bits(chosen: Sequence[str]) -> float:
-        return 8 * sum(file.tensors[n] for n in chosen) / sum(file.kinds[n][1] for n in chosen)
+        values = sum(file.kinds[name][1] for name in chosen)
+        if not values or _OUTER[0] not in file.kinds:
+            raise InputError(f"{path}: the GGUF holds no LLaMA's weights; export it again")
+        return 8 * sum(file.tensors[name] for name in chosen) / values
 
     outer = {name: names.get(file.kinds[name][0]) for name in _OUTER if name in file.kinds}
     return {

@@ -8,6 +8,7 @@ line, whose options are all there. From Python it is enough to import this modul
 from __future__ import annotations
 
 import logging
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,9 +78,15 @@ class CnllamaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: BOS, or the end token where there is none."""
-        bos = self.llm.tokenizer.bos_id
-        return bos if bos >= 0 else self.eot_token_id
+        """What stands before a text without a context: BOS, or the end token where there is none.
+
+        Raises InputError for a tokenizer that has neither: the first token of a text would not be predicted, and the
+        harness divides by all of its words and bytes.
+        """
+        found = next((i for i in (self.llm.tokenizer.bos_id, self.eot_token_id) if i >= 0), None)
+        if found is None:
+            raise InputError(f"{self.llm.path}: the tokenizer has neither BOS nor an end token to begin a text with")
+        return found
 
     @property
     def tokenizer_name(self) -> str:
@@ -215,7 +222,7 @@ class CnllamaLM(TemplateLM):
         until = left.pop("until", None) or []
         stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
         lengths = [value for name in _TOKENS if (value := left.pop(name, None)) is not None]
-        tokens = int(lengths[0]) if lengths else self.max_gen_toks
+        tokens = _count(lengths[0]) if lengths else self.max_gen_toks
         sampling = {name: left.pop(key) for key, name in _SAMPLING.items() if left.get(key) is not None}
         if not left.pop("do_sample", sampling.get("temperature", 0) > 0):
             sampling = {name: sampling[name] for name in ("repeat_penalty",) if name in sampling}
@@ -234,6 +241,17 @@ class CnllamaLM(TemplateLM):
     def _first_piece(self, text: str) -> str:
         """Without the space that SentencePiece puts before a text, as the harness's own model gives it."""
         return text.removeprefix(" ") if self.llm.tokenizer.strips_space else text
+
+
+def _count(value: object) -> int:
+    """A number of tokens, as a task's file or the command line may spell it. Raises InputError."""
+    try:
+        count = int(value) if isinstance(value, int | str) else operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        count = -1
+    if isinstance(value, bool) or count < 0:
+        raise InputError(f"{value!r:.40} tokens are to be generated, expected an integer, at least 0")
+    return count
 
 
 def main() -> None:

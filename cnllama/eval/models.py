@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -83,10 +83,8 @@ class EngineScorer:
     def __init__(self, llm: LLM, lanes: int = 1) -> None:
         self.vocab_size: int = llm.vocab_size
         self.tokens_run = 0
-        self._path, self._context, self._engine = llm.path, llm.context, llm.engine
-        scaling = llm.file.config.get("rope_scaling") or {}
-        dynamic = scaling.get("rope_type", scaling.get("type")) == "dynamic"
-        self._unscaled = int(llm.file.config["max_position_embeddings"]) if dynamic else 0
+        self._llm, self._context, self._engine = llm, llm.context, llm.engine
+        self._unscaled = _unscaled_length(llm)
         self._lanes: list[_Lane] = []
         self._size = lanes
 
@@ -170,16 +168,8 @@ class EngineScorer:
             end = _end_of_piece(lane.item[1], begin, room)
             room -= end - begin
             batch.append((lane, begin, end, end - max(begin, lane.item[1].begin) > 1))
-        try:
-            logits = self._engine.step(
-                [
-                    (lane.sequence, np.asarray(lane.item[1].ids[begin:end], np.int32), every)
-                    for lane, begin, end, every in batch
-                    if lane.item
-                ]
-            )
-        except (ValueError, RuntimeError) as error:
-            raise CnllamaError(f"{self._path}: {error}; check the file with: cnllama verify {self._path}") from error
+        work = [(lane.sequence, lane.item[1].ids[begin:end], every) for lane, begin, end, every in batch if lane.item]
+        logits = _run(self._llm, work)
         row = 0
         for lane, begin, end, every in batch:
             assert lane.item is not None
@@ -203,3 +193,71 @@ def _end_of_piece(item: Item, begin: int, room: int) -> int:
     if item.begin - begin >= _WORTH_A_CUT and end - item.begin > 1:
         return item.begin  # which is before `end`
     return end
+
+
+class Sequences:
+    """Sequences of an LLM's engine that grow token by token, `count` of them, each with a cache of its own."""
+
+    def __init__(self, llm: LLM, count: int) -> None:
+        self._llm, self._engine = llm, llm.engine
+        self._unscaled = _unscaled_length(llm)
+        self._lanes: list[_Lane | None] = [None] * count
+
+    def __enter__(self) -> Sequences:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for lane in self._lanes:
+            if lane is not None:
+                self._engine.close(lane.sequence)
+        self._lanes = []
+
+    def fill(self, number: int, tokens: Sequence[int], room: int) -> FloatArray:
+        """Runs the tokens in place of what the sequence held, as far as it does not begin so, with room for more.
+
+        Returns the logits [vocab_size] after the last one.
+        """
+        rope_length = max(self._unscaled, len(tokens) + room) if self._unscaled else 0
+        lane = self._lanes[number]
+        if lane is not None and lane.rope_length != rope_length:
+            self._engine.close(lane.sequence)
+            lane = None
+        if lane is None:
+            lane = self._lanes[number] = _Lane(self._engine.open(rope_length), rope_length)
+        keep = min(shared_length(lane.tokens, tokens), len(tokens) - 1)
+        self._engine.trim(lane.sequence, keep)
+        size = self._engine.max_step_tokens
+        for at in range(keep, len(tokens), size):
+            logits = _run(self._llm, [(lane.sequence, tokens[at : at + size], False)])
+        lane.tokens = list(tokens)
+        last: FloatArray = logits[-1].copy()
+        return last
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, FloatArray]:
+        """Appends a token to some of the sequences, by number; returns the logits after each."""
+        lanes = [(lane, token) for number, token in tokens.items() if (lane := self._lanes[number]) is not None]
+        if not lanes:
+            return {}
+        logits = _run(self._llm, [(lane.sequence, [token], False) for lane, token in lanes])
+        for lane, token in lanes:
+            lane.tokens.append(token)
+        return dict(zip(tokens, logits, strict=True))
+
+
+def _unscaled_length(llm: LLM) -> int:
+    """Positions up to which frequencies do not depend on a sequence's length; 0 where they never do."""
+    scaling = llm.file.config.get("rope_scaling") or {}
+    dynamic = scaling.get("rope_type", scaling.get("type")) == "dynamic"
+    return int(llm.file.config["max_position_embeddings"]) if dynamic else 0
+
+
+def _run(llm: LLM, work: Sequence[tuple[int, Sequence[int], bool]]) -> FloatArray:
+    """A step of (sequence, tokens, whether the logits after every one are wanted). Raises CnllamaError."""
+    batch = [(number, np.asarray(ids, np.int32), every) for number, ids, every in work]
+    try:
+        logits: FloatArray = llm.engine.step(batch)
+    except (ValueError, RuntimeError) as error:
+        raise CnllamaError(f"{llm.path}: {error}; check the file with: cnllama verify {llm.path}") from error
+    return logits

@@ -40,8 +40,10 @@ def log_softmax(logits: npt.NDArray[Any]) -> DoubleArray:
 
 
 def divergence(reference: DoubleArray, other: DoubleArray) -> DoubleArray:
-    """KL(reference || other) in nats of every row, from log probabilities [n, vocab]."""
-    return np.asarray((np.exp(reference) * (reference - other)).sum(axis=1))
+    """KL(reference || other) in nats of every row, from log probabilities [n, vocab]; what cannot be adds 0."""
+    probabilities = np.exp(reference)
+    ratios = np.subtract(reference, other, out=np.zeros_like(reference), where=probabilities > 0)
+    return np.asarray((probabilities * ratios).sum(axis=1))
 
 
 def sign_test(only_first: int, only_second: int) -> float:

@@ -20,7 +20,7 @@ _ROWS = 32  # of float64 over the whole vocabulary at a time
 
 @dataclass(frozen=True)
 class Perplexity:
-    """nll: negative log likelihood of all predicted tokens, nats. characters: of the text that they spell."""
+    """nll: negative log likelihood of all predicted tokens, nats. characters: of the text that these spell."""
 
     nll: float
     tokens: int
@@ -44,7 +44,7 @@ def _exp(value: float) -> float:
     return math.exp(min(value, 709.0))
 
 
-def perplexity(model: Scorer, parts: Sequence[Window], characters: int, progress: Progress | None = None) -> Perplexity:
+def perplexity(model: Scorer, parts: Sequence[Window], progress: Progress | None = None) -> Perplexity:
     """The perplexity of `parts`. Raises InputError when there is nothing to predict, CnllamaError for logits that are
     not finite.
     """
@@ -54,25 +54,35 @@ def perplexity(model: Scorer, parts: Sequence[Window], characters: int, progress
         at = rows.position - window.begin
         nll -= float(target_logprobs(rows.logits, window.targets[at : at + len(rows.logits)]).sum())
         tokens += len(rows.logits)
-    _check(nll, tokens)
+    characters = predicted_characters(parts)
+    _check(nll, min(tokens, characters))
     return Perplexity(nll, tokens, characters)
 
 
-def _check(nll: float, tokens: int) -> None:
-    if not tokens:
-        raise InputError("the text has no token to predict: give a longer one")
+def predicted_characters(parts: Sequence[Window]) -> int:
+    """Characters of the text that the windows' targets spell."""
+    return sum(window.characters for window in parts)
+
+
+def _check(nll: float, count: int) -> None:
+    if not count:
+        raise InputError("the text has nothing to predict: give a longer one")
     if not math.isfinite(nll):
         raise CnllamaError("the model's logits are not finite: its weights are damaged or its training diverged")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """kl: KL(reference || model) of every predicted token, nats. agreed: tokens whose most likely one is the same."""
+    """kl: KL(reference || model) of every predicted token, nats. agreed: tokens whose most likely one is the same.
+
+    nll, reference_nll: negative log likelihood of all predicted tokens. characters: of the text that they spell.
+    """
 
     kl: DoubleArray
     agreed: int
     nll: float
     reference_nll: float
+    characters: int
 
     def figures(self) -> dict[str, Any]:
         """For JSON."""
@@ -86,7 +96,9 @@ class Comparison:
             "kl_max": float(self.kl.max()),
             "kl_mean_standard_error": float(self.kl.std()) / math.sqrt(count),
             "top1_agreement": self.agreed / count,
+            "characters": self.characters,
             "perplexity_per_token": _exp(self.nll / count),
+            "perplexity_per_character": _exp(self.nll / self.characters),
             "reference_perplexity_per_token": _exp(self.reference_nll / count),
             "perplexity_ratio": _exp((self.nll - self.reference_nll) / count),
         }
@@ -107,8 +119,12 @@ def compare(model: Scorer, reference: Scorer, parts: Sequence[Window], progress:
         index = np.arange(len(p)), np.asarray(window.targets[at : at + len(p)])
         nll -= float(q[index].sum())
         reference_nll -= float(p[index].sum())
-    _check(nll + reference_nll, len(kl))
-    return Comparison(np.maximum(np.concatenate(kl), 0.0), agreed, nll, reference_nll)
+    characters = predicted_characters(parts)
+    _check(nll + reference_nll, min(len(kl), characters))
+    every = np.maximum(np.concatenate(kl), 0.0)
+    if not np.isfinite(every).all():
+        raise CnllamaError("the divergence is infinite: a token that one model can choose is impossible in the other")
+    return Comparison(every, agreed, nll, reference_nll, characters)
 
 
 def _side_by_side(first: Iterator[Rows], second: Iterator[Rows]) -> Iterator[tuple[Rows, Rows]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cnllama.errors import InputError, from_os_error
+from cnllama.errors import InputError, os_errors_explained
 from cnllama.eval.benchmarks import Benchmark
+from cnllama.eval.columns import printed
+from cnllama.eval.inputs import read_text_bytes
 
 LETTERS = ("A", "B", "C", "D")
 _SHOT_SPLIT = "dev"
@@ -39,26 +41,36 @@ class Subject:
 
 
 def read_subjects(
-    benchmark: Benchmark, data: Path, split: str, *, shots: int = 0, cot: bool = False, only: Sequence[str] = ()
+    benchmark: Benchmark,
+    data: Path,
+    split: str,
+    *,
+    shots: int = 0,
+    cot: bool = False,
+    only: Sequence[str] = (),
+    as_pandas: bool = False,
 ) -> tuple[list[Subject], list[str]]:
     """(subjects in the official order, keys of those whose file is missing).
 
-    shots: solved examples from the dev split, with explanations where `cot` is on. only: keys, all when empty. Raises
-    InputError for unknown names, a directory without files and files that are not what the benchmark publishes.
+    shots: solved examples from the dev split, with explanations where `cot` is on. only: keys, all when empty.
+    as_pandas: choices as columns.printed makes them, not as they stand. Raises InputError for unknown names, a
+    directory without files and files that are not what the benchmark publishes.
     """
     _check_request(benchmark, split, shots, cot, only)
-    if not data.is_dir():
-        found = "this is a file" if data.exists() else "there is no such directory"
-        raise InputError(f"{data}: {found}, expected the {benchmark.title} directory with {split}/ in it")
-    wanted = [key for key in benchmark.subjects if not only or key in only]
-    present = [key for key in wanted if benchmark.path(data, split, key).exists()]
+    with os_errors_explained(data):
+        if not data.is_dir():
+            found = "this is a file" if data.exists() else "there is no such directory"
+            raise InputError(f"{data}: {found}, expected the {benchmark.title} directory with {split}/ in it")
+        wanted = [key for key in benchmark.subjects if not only or key in only]
+        present = [key for key in wanted if benchmark.path(data, split, key).exists()]
     absent = [key for key in wanted if key not in present]
     if not present or (only and absent):
         missing = benchmark.path(data, split, absent[0])
         raise InputError(
             f"{missing}: there is no such file, expected the {benchmark.title} files as they are published"
         )
-    return [_read_subject(benchmark, data, split, key, shots=shots, cot=cot) for key in present], absent
+    show = _printed if as_pandas else list
+    return [_read_subject(benchmark, data, split, key, shots=shots, cot=cot, show=show) for key in present], absent
 
 
 def _check_request(benchmark: Benchmark, split: str, shots: int, cot: bool, only: Sequence[str]) -> None:
@@ -77,7 +89,17 @@ def _check_request(benchmark: Benchmark, split: str, shots: int, cot: bool, only
         )
 
 
-def _read_subject(benchmark: Benchmark, data: Path, split: str, key: str, *, shots: int, cot: bool) -> Subject:
+def _read_subject(
+    benchmark: Benchmark,
+    data: Path,
+    split: str,
+    key: str,
+    *,
+    shots: int,
+    cot: bool,
+    show: Callable[[Sequence[Question]], list[Question]],
+) -> Subject:
+    """show: what becomes of the questions of a whole file."""
     info = benchmark.subjects[key]
     path = benchmark.path(data, split, key)
     questions = [question for _, question in read_questions(benchmark, path)]
@@ -87,12 +109,21 @@ def _read_subject(benchmark: Benchmark, data: Path, split: str, key: str, *, sho
     if shots:
         path = benchmark.path(data, _SHOT_SPLIT, key)
         for line, example in read_questions(benchmark, path, solved=True, explained=cot):
-            if cot and not example.explanation:
+            if cot and not example.explanation.strip():
                 raise InputError(f"{path}:{line}: the explanation is empty, which --cot needs; get the file again")
             examples.append(example)
         if len(examples) < shots:
             raise InputError(f"{path}: has {len(examples)} examples, expected at least {shots}; use a smaller --shots")
-    return Subject(key, info.name, info.groups, examples[:shots], questions)
+    return Subject(key, info.name, info.groups, show(examples)[:shots], show(questions))
+
+
+def _printed(questions: Sequence[Question]) -> list[Question]:
+    """The questions of one file with their choices as the published scripts print them."""
+    columns = [printed(column) for column in zip(*(question.choices for question in questions), strict=True)]
+    return [
+        replace(question, choices=choices)
+        for question, choices in zip(questions, zip(*columns, strict=True), strict=True)
+    ]
 
 
 def read_questions(
@@ -102,6 +133,9 @@ def read_questions(
     lines = _read_rows(path)
     _, header = next(lines, (1, []))
     names = [name.strip() for name in header]
+    twice = next((name for name in names if names.count(name) > 1 and name), None)
+    if twice is not None:
+        raise InputError(f"{path}:1: the column {twice!r:.40} occurs twice; get the file again")
     needed = [benchmark.question, *LETTERS]
     needed += [benchmark.answer] if solved else []
     needed += [benchmark.explanation] if explained and benchmark.explanation else []
@@ -135,16 +169,13 @@ def _question(benchmark: Benchmark, row: dict[str, str], number: int, where: str
         text=text,
         choices=tuple(row[letter] for letter in LETTERS),
         answer=answer,
-        explanation=row.get(benchmark.explanation or "", "").strip(),
+        explanation=row.get(benchmark.explanation or "", ""),
     )
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line on which it begins, fields) of every row that is not blank."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise from_os_error(path, error) from error
+    data = read_text_bytes(path, "a CSV file of questions")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

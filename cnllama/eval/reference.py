@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,22 @@ import numpy as np
 
 from cnllama.errors import InputError, os_errors_explained
 from cnllama.eval.models import Item, Progress, Rows, shared_length
+from cnllama.eval.stored import Statistics
+from cnllama.verify import Statistics as WeightStatistics
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ROWS = 256
 
 
 class TorchScorer:
-    """A LlamaForCausalLM; an item that begins like the one before it continues its cache."""
+    """A LlamaForCausalLM; an item that begins like the one before it continues its cache.
 
-    def __init__(self, model: Any) -> None:
+    tensors: statistics of its weights, as in a .cnl's fingerprint.
+    """
+
+    def __init__(self, model: Any, tensors: Statistics | None = None) -> None:
         self.vocab_size: int = model.config.vocab_size
+        self.tensors = tensors or {}
         self._model = model
         scaling = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
         # With this scaling the keys of a longer text differ from those of its beginning.
@@ -86,9 +92,11 @@ def open_reference(base: Path, loras: Sequence[Path] = (), dtype: str = "float32
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from cnllama.convert.fingerprint import record
     from cnllama.convert.merge import bias_settings
     from cnllama.convert.pack import merged_tensors
 
+    found: dict[str, Mapping[str, float]] = {}
     with os_errors_explained(base):
         config = LlamaConfig.from_pretrained(base)
         config.vocab_size = plan.config["vocab_size"]
@@ -98,6 +106,9 @@ def open_reference(base: Path, loras: Sequence[Path] = (), dtype: str = "float32
             model = LlamaForCausalLM(config)
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
         for name, values in merged_tensors(plan):
+            statistics = WeightStatistics()
+            statistics.add(values)
+            found[name] = record(statistics, 0.0)
             tensor = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
             model.load_state_dict({name: tensor}, strict=False, assign=True)
     if config.tie_word_embeddings:
@@ -105,4 +116,4 @@ def open_reference(base: Path, loras: Sequence[Path] = (), dtype: str = "float32
     missing = [name for name, weight in model.named_parameters() if weight.is_meta]
     if missing:
         raise InputError(f"{base}: {missing[0]} is missing; get all files of the checkpoint again")
-    return TorchScorer(model.eval())
+    return TorchScorer(model.eval(), found)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,28 +13,40 @@ from cnllama.eval.numerics import sign_test
 
 
 def count(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Questions, unanswered ones, and where the answers are known how many are right; accuracy is micro-averaged."""
+    """Questions, unanswered ones, and where the answers are known how many are right.
+
+    accuracy: right answers over all questions; subject_mean: the mean of the subjects' accuracies.
+    """
     known = [answer.correct for answer in answers if answer.correct is not None]
     result: dict[str, Any] = {
         "questions": len(answers),
-        "unanswered": sum(answer.letter is None for answer in answers),
+        "unanswered": sum(answer.drawn or answer.letter is None for answer in answers),
     }
     if known:
-        result |= {"correct": sum(known), "accuracy": sum(known) / len(known)}
+        subjects: dict[str, list[bool]] = {}
+        for answer in answers:
+            if answer.correct is not None:
+                subjects.setdefault(answer.prompt.subject.key, []).append(answer.correct)
+        mean = statistics.fmean(sum(right) / len(right) for right in subjects.values())
+        result |= {"correct": sum(known), "accuracy": sum(known) / len(known), "subject_mean": mean}
     return result
 
 
-def summarize(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Counts over all, by group and by subject, in the benchmark's order."""
+def summarize(benchmark: Benchmark, answers: Sequence[Answer], one_group: bool = False) -> dict[str, Any]:
+    """Counts over all, by group and by subject, in the benchmark's order. one_group: a subject counts for the first of
+    its groups only, as the published scripts count.
+    """
     by_subject: dict[str, list[Answer]] = {}
     by_group: dict[str, list[Answer]] = {}
     for answer in answers:
         by_subject.setdefault(answer.prompt.subject.key, []).append(answer)
-        for group in answer.prompt.subject.groups:
+        groups = answer.prompt.subject.groups
+        for group in groups[:1] if one_group else groups:
             by_group.setdefault(group, []).append(answer)
     order = [group for info in benchmark.subjects.values() for group in info.groups]
     return {
         **count(answers),
+        "drawn": sum(answer.drawn for answer in answers),
         "groups": {group: count(by_group[group]) for group in dict.fromkeys(order) if group in by_group},
         "subjects": {key: count(by_subject[key]) for key in benchmark.subjects if key in by_subject},
     }
@@ -67,17 +80,18 @@ def submission(answers: Sequence[Answer]) -> dict[str, dict[str, str]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The accuracy table in Markdown: subjects, groups, all."""
+    """The accuracy table in Markdown: subjects, groups, all; the accuracy of several is what the procedure averages."""
+    key = "subject_mean" if result["procedure"]["mean_of"] == "subjects" else "accuracy"
     lines = ["| subject | questions | correct | accuracy |", "|---|---:|---:|---:|"]
-    lines += [_line(key, counts) for key, counts in result["subjects"].items()]
-    lines += [_line(f"**{group}**", counts) for group, counts in result["groups"].items()]
-    return "\n".join([*lines, _line("**all**", result)])
+    lines += [_line(name, counts, "accuracy") for name, counts in result["subjects"].items()]
+    lines += [_line(f"**{group}**", counts, key) for group, counts in result["groups"].items()]
+    return "\n".join([*lines, _line("**all**", result, key)])
 
 
-def _line(name: str, counts: dict[str, Any]) -> str:
-    if "accuracy" not in counts:
+def _line(name: str, counts: dict[str, Any], key: str) -> str:
+    if key not in counts:
         return f"| {name} | {counts['questions']} | | |"
-    return f"| {name} | {counts['questions']} | {counts['correct']} | {counts['accuracy']:.1%} |"
+    return f"| {name} | {counts['questions']} | {counts['correct']} | {counts[key]:.1%} |"
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
@@ -85,11 +99,15 @@ def sentences(result: dict[str, Any]) -> list[str]:
     lines = []
     if "accuracy" in result:
         lines.append(
-            f"accuracy {result['accuracy']:.2%}: {result['correct']} of {result['questions']} questions, preset "
-            f"{result['preset']}, {result['shots']} shots"
+            f"accuracy {result['accuracy']:.2%}: {result['correct']} of {result['questions']} questions; mean of the "
+            f"subjects {result['subject_mean']:.2%}; preset {result['preset']}, {result['shots']} shots"
         )
+    procedure = result["procedure"]
+    source = f"as {procedure['source']}, but " if procedure["source"] else ""
+    lines.append(source + "; ".join(procedure["differences"]))
     if result["unanswered"]:
-        lines.append(f"{result['unanswered']} answers held no letter and count as wrong")
+        drawn = "were drawn at random, as the scripts do" if result["drawn"] else "count as wrong"
+        lines.append(f"{result['unanswered']} answers held no letter and {drawn}")
     reference = result.get("reference")
     if reference:
         lines.append(f"the reference makes the same choice in {reference['same_choice']:.2%} of the questions")

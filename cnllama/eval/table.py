@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cnllama import bench
 from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.eval.models import EngineScorer, Scorer
-from cnllama.eval.perplexity import Comparison, compare, perplexity
-from cnllama.eval.stored import SavingScorer, StoredScorer, stored_bytes, windows_digest
+from cnllama.eval.perplexity import Comparison, compare, perplexity, predicted_characters
+from cnllama.eval.stored import Origin, SavingScorer, StoredScorer, stored_bytes, windows_digest
 from cnllama.eval.text_scores import Bar, Opener, progress_bar
 from cnllama.eval.texts import CONVENTION, Text, Window, check_window, windows
 from cnllama.files import remove_file
@@ -59,7 +59,10 @@ class Form:
 
 
 class Source(Protocol):
-    """A checkpoint with its adapters, and what can be made of it. key: changes with its files."""
+    """A checkpoint with its adapters, and what can be made of it.
+
+    key: hexadecimal digits that change with everything that decides what is made, see eval/keys.py.
+    """
 
     name: str
     key: str
@@ -112,12 +115,13 @@ class Table:
         check_window(self.context, self.stride)
         self._parts: list[Window] = windows(source.tokenizer(), text.documents, self.context, self.stride)
         self._kept: StoredScorer | None = None
+        self._made: set[Path] = set()
 
     def measure(self, forms: Sequence[Form]) -> dict[str, Any]:
         """The whole result, for JSON: what was measured on what, and a row for each form, the reference first.
 
         The logits of the reference are computed once and kept in the directory of work, packed files too; those that
-        are there already are taken. Unless settings.keep, a file goes when it has been measured.
+        are there already are taken. Unless settings.keep, a file that was made here goes when it has been measured.
         """
         rows = [self._reference_row()]
         for form in (form for form in forms if form.program == OURS):
@@ -133,7 +137,8 @@ class Table:
             "parameters": self._source.parameters,
             "vocab_size": self._source.vocab_size,
             "text": self._text.path.name,
-            "characters": self._text.characters,
+            "characters": predicted_characters(self._parts),
+            "text_characters": self._text.characters,
             "tokens": sum(len(window.targets) for window in self._parts),
             "context": self.context,
             "stride": self.stride,
@@ -145,20 +150,29 @@ class Table:
         }
 
     def _path(self, name: str) -> Path:
-        return self._work / f"{self._source.key}-{name}"
+        return self._work / f"{self._source.key[:16]}-{name}"
+
+    def _make(self, path: Path, what: str, make: Callable[[], object]) -> None:
+        """Makes a file of the directory of work, unless it is there already."""
+        if not path.exists():
+            self._say(what)
+            make()
+            self._made.add(path)
 
     def _reference_row(self) -> Row:
-        vocab = self._source.vocab_size
-        path = self._path(f"reference-{windows_digest(self._parts)[:12]}.safetensors")
-        if not path.exists():
-            size = stored_bytes(self._parts, vocab) / 1e9
-            self._say(f"{self._source.name}: the reference, {size:.3g} GB of log probabilities")
-            model = self._source.reference()
-            with SavingScorer(model, path, self._parts, self._source.name) as saving, self._counted("fp32") as progress:
-                perplexity(saving, self._parts, self._text.characters, progress)
-            del model
-        self._kept = StoredScorer(path, self._parts, vocab)
-        found = perplexity(self._kept, self._parts, self._text.characters).figures()
+        vocab, source = self._source.vocab_size, self._source
+        path = self._path(f"reference-{windows_digest(self._parts)[:16]}.safetensors")
+
+        def save() -> None:
+            origin = Origin(source.name, source.key)
+            model = source.reference()
+            with SavingScorer(model, path, self._parts, origin) as saving, self._counted("fp32") as progress:
+                perplexity(saving, self._parts, progress)
+
+        size = stored_bytes(self._parts, vocab) / 1e9
+        self._make(path, f"{source.name}: the reference, {size:.3g} GB of log probabilities", save)
+        self._kept = StoredScorer(path, self._parts, vocab, source.key)
+        found = perplexity(self._kept, self._parts).figures()
         row = {"name": "fp32", "program": REFERENCE, "bytes": 4 * self._source.parameters, "bits_per_weight": 32.0}
         return row | {"layer_bits_per_weight": 32.0} | {key: found[key] for key in found if key.startswith("perpl")}
 
@@ -167,10 +181,12 @@ class Table:
 
     def _ours(self, form: Form) -> Row:
         path = self._path(form.file_name)
-        if not path.exists():
-            self._say(f"{form.name}: packing")
+
+        def pack() -> None:
             for sentence in self._source.pack(form, path):
                 self._say(f"{form.name}: {sentence}")
+
+        self._make(path, f"{form.name}: packing", pack)
         longest = max(len(window.ids) for window in self._parts)
         with self._open_llm(path, longest, 1) as llm, EngineScorer(llm) as model:
             found = self._compare(form.name, model)
@@ -179,7 +195,8 @@ class Table:
             runner = bench.LLMRunner(path, threads=self._settings.threads)
             row |= self._speed(runner)
             runner.close()
-        self._done(row, path)
+        self._say(_summary(row))
+        self._drop(path)
         return row
 
     def _rivals(self, forms: Sequence[Form]) -> list[Row]:
@@ -187,18 +204,14 @@ class Table:
         from cnllama.eval import llama_cpp
 
         whole = self._path("unquantized.gguf")
-        if not whole.exists():
-            self._say("writing the GGUF that llama.cpp quantizes")
-            self._source.write_gguf(whole)
+        self._make(whole, "writing the GGUF that llama.cpp quantizes", lambda: self._source.write_gguf(whole))
         rows = [self._rival(Form(RIVAL, llama_cpp.weigh(whole)["output"]), whole)]
         for form in forms:
-            path = self._path(form.file_name)
-            if not path.exists():
-                self._say(f"{form.name}: llama.cpp quantizes")
-                llama_cpp.quantize(whole, path, form.kind, form.outer, self._settings.threads)
+            path = self._path(f"llama.cpp-{llama_cpp.package_version()}-{form.file_name}")
+            make = partial(llama_cpp.quantize, whole, path, form.kind, form.outer, self._settings.threads)
+            self._make(path, f"{form.name}: llama.cpp quantizes", make)
             rows.append(self._rival(form, path))
-            if not self._settings.keep:
-                remove_file(path)
+            self._drop(path)
         return rows
 
     def _rival(self, form: Form, path: Path) -> Row:
@@ -212,9 +225,8 @@ class Table:
         self._say(_summary(row))
         return row
 
-    def _done(self, row: Row, path: Path) -> None:
-        self._say(_summary(row))
-        if not self._settings.keep:
+    def _drop(self, path: Path) -> None:
+        if not self._settings.keep and path in self._made:
             remove_file(path)
 
     def _compare(self, name: str, model: Scorer) -> Comparison:
@@ -231,7 +243,7 @@ class Table:
             "quantizer": form.quantizer or None,
             **weight,
             "perplexity_per_token": figures["perplexity_per_token"],
-            "perplexity_per_character": math.exp(min(found.nll / self._text.characters, 709.0)),
+            "perplexity_per_character": figures["perplexity_per_character"],
             "perplexity_change": figures["perplexity_ratio"] - 1,
             **{key: value for key, value in figures.items() if key.startswith(("kl_", "top1"))},
         }

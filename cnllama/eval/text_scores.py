@@ -10,14 +10,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnllama.config import EMBEDDING
 from cnllama.errors import InputError
 from cnllama.eval.models import EngineScorer, Progress, Scorer
 from cnllama.eval.perplexity import compare, perplexity
-from cnllama.eval.stored import SavingScorer, StoredScorer, stored_bytes
+from cnllama.eval.stored import Origin, SavingScorer, Statistics, StoredScorer, stored_bytes
 from cnllama.eval.texts import CONVENTION, Text, Window, check_window, windows
 from cnllama.plan import DEFAULT_CONTEXT, STEP_TOKENS, trained_length
 from cnllama.space import check_space
 from cnllama.tokenizer import Tokenizer
+from cnllama.verify import statistics_differ
 
 if TYPE_CHECKING:
     from cnllama.format import CnlFile
@@ -95,10 +97,10 @@ def measure_perplexity(
         for text, each in zip(texts, parts, strict=True):
             started, before = time.perf_counter(), model.tokens_run
             with bar(text.path.name, _tokens(each)) as progress:
-                found = perplexity(model, each, text.characters, progress)
+                found = perplexity(model, each, progress)
             seconds = time.perf_counter() - started
             speed = (model.tokens_run - before) / seconds
-            head = {"text": str(text.path), "documents": len(text.documents)}
+            head = {"text": str(text.path), "documents": len(text.documents), "text_characters": text.characters}
             results.append(head | found.figures() | {"seconds": seconds, "tokens_run_per_s": speed})
         described = describe_model(llm)
     return {"model": described, "context": context, "stride": stride, "convention": CONVENTION, "texts": results}
@@ -137,23 +139,36 @@ def measure_divergence(
     with ExitStack() as stack:
         llm = stack.enter_context(open_llm(file.path, longest, 1))
         model = stack.enter_context(EngineScorer(llm))
-        other: Scorer
-        if stored is not None:
-            kept = StoredScorer(stored, parts, file.vocab_size)
-            other, described = kept, {"file": str(stored), "source": kept.source}
-        else:
-            assert reference is not None
-            other, described = reference()
-            if other.vocab_size != file.vocab_size:
-                raise other_vocabulary(described["directory"], other.vocab_size, file)
+        other, described, tensors = _open_other(file, parts, reference, stored)
+        difference = other_weights(tensors, file) if tensors else ""
+        described["other_weights"] = difference or None
+        if difference:
+            say(f"{file.path} was packed from other weights than the reference's: {difference}")
         if save is not None:
-            other = stack.enter_context(SavingScorer(other, save, parts, str(described.get("directory", ""))))
+            origin = Origin(str(described.get("directory", "")), str(described.get("content", "")), tensors)
+            other = stack.enter_context(SavingScorer(other, save, parts, origin))
         progress = stack.enter_context(bar(text.path.name, _tokens(parts)))
         found = compare(model, other, parts, progress)
         figures = found.figures()
         head = {"model": describe_model(llm), "reference": described}
-    settings = {"text": str(text.path), "documents": len(text.documents), "context": context, "stride": stride}
+    settings = {"text": str(text.path), "documents": len(text.documents), "text_characters": text.characters}
+    settings |= {"context": context, "stride": stride}
     return head | settings | {"convention": CONVENTION} | figures
+
+
+def _open_other(
+    file: CnlFile, parts: Sequence[Window], reference: Reference | None, stored: Path | None
+) -> tuple[Scorer, dict[str, Any], Statistics]:
+    """(the model to compare with, what describes it, statistics of its weights)."""
+    if stored is not None:
+        kept = StoredScorer(stored, parts, file.vocab_size)
+        facts: dict[str, Any] = {"file": str(stored), "source": kept.origin.source, "content": kept.origin.content}
+        return kept, facts, kept.origin.tensors
+    assert reference is not None
+    other, facts = reference()
+    if other.vocab_size != file.vocab_size:
+        raise other_vocabulary(facts["directory"], other.vocab_size, file)
+    return other, facts, facts.pop("tensors", {})
 
 
 def _sizes(file: CnlFile, context: int | None, stride: int | None) -> tuple[int, int]:
@@ -165,6 +180,18 @@ def _sizes(file: CnlFile, context: int | None, stride: int | None) -> tuple[int,
 
 def _tokens(parts: Sequence[Window]) -> int:
     return sum(len(window.ids) for window in parts)
+
+
+def other_weights(tensors: Statistics, file: CnlFile) -> str:
+    """How the reference's weights differ from those that were packed, by their statistics; "" where they do not.
+
+    Activation-aware scaling changes all matrices but the embedding, of which it is known nevertheless.
+    """
+    packed = file.fingerprint["tensors"]
+    for name in [EMBEDDING] if file.quantization.get("quantizer") == "awq" else packed:
+        for difference in statistics_differ(tensors[name], packed[name]) if name in tensors else ["is not in it"]:
+            return f"{name}: {difference}"
+    return ""
 
 
 def other_vocabulary(reference: str | Path, found: int, file: CnlFile) -> InputError:
