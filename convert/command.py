@@ -97,7 +97,8 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts and prints the report. Returns the exit code."""
     check(args)
-    # Opened first: a report that cannot be written must not be found out after the conversion.
+    # Places that cannot be written must not be found out after the conversion.
+    Output(args.output).discard()
     with Output(args.report) if args.report else nullcontext() as output:
         report = convert(
             args.base,
