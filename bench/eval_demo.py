@@ -19,6 +19,7 @@ import numpy as np
 
 from cnllama import LLM
 from cnllama.adapt.reading import ReadLog, read_conversations, read_documents
+from cnllama.arguments import add_list_option
 from cnllama.eval.texts import windows
 from cnllama.templates import encode_chat
 
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a .cnl (default: the bundled one)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the folder with eval/")
     parser.add_argument("--base", type=Path, metavar="DIR", help="the checkpoint that was packed, for float32")
-    parser.add_argument("--lora", type=Path, metavar="DIR", action="append", default=[], help="and its adapters")
+    add_list_option(parser, "--lora", type=Path, metavar="DIR", help="and its adapters")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)

@@ -64,7 +64,8 @@ def file_sha256(path: Path, advance: Advance = lambda _: None) -> str:
         except OSError as error:
             raise from_os_error(path, error) from None
         settled = started - max(before.st_mtime_ns, before.st_ctime_ns) > _YOUNG_NS
-        if settled and before.st_size > _SMALL and _key(os.fstat(file.fileno())) == key:
+        # Should it change while it is read, its key does, too.
+        if settled and before.st_size > _SMALL:
             _cache.put(key, digest.hexdigest())
     return digest.hexdigest()
 

@@ -125,6 +125,10 @@ class OwnedDirectory:
         found = {name: self._identity(name) for name in sizes}
         return [name for name, identity in found.items() if identity is None or identity[0] not in sizes[name]]
 
+    def size(self) -> int:
+        """Bytes of the files in the record, as far as they are there."""
+        return sum(identity[0] for identity in map(self._identity, self._files) if identity is not None)
+
     def names(self) -> list[str]:
         """Relative names of the files in the record, in the order in which they were written."""
         return list(self._files)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cnllama import files
 from cnllama.errors import CnllamaError, InputError
 from cnllama.ownership import OwnedDirectory
+
+_TRIES = 3
 
 
 @contextmanager
@@ -24,9 +26,18 @@ def scratch_beside(target: Path) -> Iterator[Path]:
     for leftover in files.temporaries(real, "scratch"):
         with suppress(CnllamaError), OwnedDirectory(leftover, "scratch") as own:  # a living process has it locked
             own.delete()
-    with OwnedDirectory(files.temporary_name(real, "scratch"), "scratch") as own:
+    with ExitStack() as stack:
+        own = _open_new(stack, real)
         try:
             yield own.path
         finally:
             with suppress(InputError):  # what somebody else put there stays
                 own.delete()
+
+
+def _open_new(stack: ExitStack, target: Path) -> OwnedDirectory:
+    """A new directory; another, should a process that tidies up have taken it for a leftover before it was locked."""
+    for _ in range(_TRIES):
+        with suppress(CnllamaError):
+            return stack.enter_context(OwnedDirectory(files.temporary_name(target, "scratch"), "scratch"))
+    return stack.enter_context(OwnedDirectory(files.temporary_name(target, "scratch"), "scratch"))

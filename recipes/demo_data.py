@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cnllama.files import make_directory, write_file
 from cnllama.templates import get_template
 
 SEED = 20240501
@@ -114,7 +115,7 @@ def quatrains(poems: Iterable[Poem], chosen: random.Random) -> Iterator[tuple[st
 
 def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """JSON lines."""
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    write_file(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
 
 
 def instructions(pairs: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
@@ -128,9 +129,9 @@ def main() -> None:
     parser.add_argument("--poems", type=Path, required=True)
     parser.add_argument("--more", type=Path, required=True)
     parser.add_argument("--couplets", type=Path, required=True)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_directory(args.output)
     poems, more, couplets = read_poems(args.poems), read_poems(args.more), read_couplets(args.couplets)
     wanted = set(couplets)
 
@@ -140,16 +141,16 @@ def main() -> None:
 
     best = [poem for poem in more + poems if has_couplet(poem)]
     famous = best + [poem for poem in poems[:COLLECTED] if not has_couplet(poem)]
-    write(args.out / "famous.jsonl", famous)
-    write(args.out / "couplets.jsonl", best)
-    write(args.out / "drills.jsonl", instructions(pair for poem in famous for pair in drills(poem)))
-    write(args.out / "couplet_drills.jsonl", instructions(pair for poem in best for pair in drills(poem, wanted)))
-    write(args.out / "quatrains.jsonl", instructions(quatrains(poems, random.Random(SEED))))
+    write(args.output / "famous.jsonl", famous)
+    write(args.output / "couplets.jsonl", best)
+    write(args.output / "drills.jsonl", instructions(pair for poem in famous for pair in drills(poem)))
+    write(args.output / "couplet_drills.jsonl", instructions(pair for poem in best for pair in drills(poem, wanted)))
+    write(args.output / "quatrains.jsonl", instructions(quatrains(poems, random.Random(SEED))))
     template = get_template("alpaca")
     words = "".join(part for part in template.first if isinstance(part, str)).format(system=template.system, user="")
-    (args.out / "prompts.txt").write_text("\n\n".join([words.replace("\n", " ")] * 3000) + "\n", encoding="utf-8")
+    write_file(args.output / "prompts.txt", ("\n\n".join([words.replace("\n", " ")] * 3000) + "\n").encode())
     found = {pair for poem in best for pair in itertools.pairwise(line for line, _ in verses(poem))}
-    print(f"{args.out}: {len(famous)} famous poems, {len(wanted & found)} of {len(wanted)} couplets")
+    print(f"{args.output}: {len(famous)} famous poems, {len(wanted & found)} of {len(wanted)} couplets")
 
 
 if __name__ == "__main__":

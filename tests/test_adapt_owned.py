@@ -242,3 +242,34 @@ def test_killed_training_ends_with_the_same_bytes(
     points = list(killed_and_rerun(words, tmp_path / "out", 37))
     assert len(points) > 2
     assert without_times(files_of(tmp_path / "out")) == without_times(files_of(tmp_path / "whole"))
+
+
+def test_half_result_of_other_files_is_begun_anew(
+    base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge into many shards was killed; into one, nothing of them stays."""
+    words = ["adapt", "merge", base, "--lora", trained, "-o", tmp_path / "out"]
+
+    def merge_many() -> None:
+        monkeypatch.setattr("cnllama.adapt.merge._SHARD_BYTES", 50_000)
+        inside(*words)
+
+    at = next(n for n in killed_everywhere(merge_many, step=40) if n == 40)
+    assert at == 40
+    assert list((tmp_path / "out").glob("model-*-of-*.safetensors"))
+    inside(*words)
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_checkpoint_that_lost_a_file_is_removed_and_made_again(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cnllama.adapt.train._finish", interrupt)
+        train(base, data, tmp_path, "--keep", 2, expect=130)
+    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
+    assert "going on from step 2 of 3" in train(base, data, tmp_path, "--keep", 2)
+    assert not list(tmp_path.glob("checkpoint-*"))

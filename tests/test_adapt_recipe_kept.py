@@ -48,11 +48,12 @@ output = "x.cnl"
 """
 SCRIPT = """
 import argparse, pathlib
+from helper import name
 parser = argparse.ArgumentParser()
 parser.add_argument("--text", type=pathlib.Path)
 parser.add_argument("-o", type=pathlib.Path)
 args = parser.parse_args()
-(args.o / "lines.txt").write_text(args.text.read_text())
+(args.o / name()).write_text(args.text.read_text())
 """
 
 
@@ -63,6 +64,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(place: Path) -> Path:
     place.mkdir(exist_ok=True)
+    (place / "helper").mkdir(exist_ok=True)
+    (place / "helper" / "__init__.py").write_text("def name():\n    from .deep import NAME\n    return NAME\n")
+    (place / "helper" / "deep.py").write_text("NAME = 'lines.txt'\n")
     (place / "make.py").write_text(SCRIPT)
     (place / "r.toml").write_text(RECIPE)
     return place / "r.toml"
@@ -120,6 +124,11 @@ def edit_script(place: Path) -> str:
     return "had other contents in files ${recipe}/make.py; run it again with --redo made"
 
 
+def edit_what_the_script_imports(place: Path) -> str:
+    (place / "helper" / "deep.py").write_text("NAME = 'lines.txt'  # another\n")
+    return "had other contents in files ${recipe}/make.py (deep.py); run it again with --redo made"
+
+
 def edit_data(place: Path) -> str:
     text = (place / "data" / "zh.txt").read_text()
     (place / "data" / "zh.txt").write_text(text.replace("春天", "秋天"))
@@ -149,7 +158,10 @@ def replace_stage(place: Path) -> str:
     return "had other contents in inputs made lines.txt; run it again with --redo words"
 
 
-@pytest.mark.parametrize("change", [edit_script, edit_data, edit_option, edit_output, lose_output, replace_stage])
+@pytest.mark.parametrize(
+    "change",
+    [edit_script, edit_what_the_script_imports, edit_data, edit_option, edit_output, lose_output, replace_stage],
+)
 def test_finished_stages_are_kept_only_for_the_same_input(run: Path, change: Callable[[Path], str]) -> None:
     replay(run)
     sentence = change(run)

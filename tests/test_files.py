@@ -338,3 +338,13 @@ def test_directories_are_made_and_removed(tmp_path: Path) -> None:
     write_file(tmp_path / "a" / "file", b"")
     with pytest.raises(InputError, match="this is a file, not a directory"):
         files.make_directory(tmp_path / "a" / "file" / "c")
+
+
+def test_file_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(files, "_operation", lambda kind, path: done.append(kind))
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(f"fsync {stat.S_ISDIR(os.fstat(fd).st_mode)}"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    write_file(tmp_path / "o", b"new")
+    assert done == ["create", "write", "fsync", "fsync False", "rename", "replace", "fsync True"]

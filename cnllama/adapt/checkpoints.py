@@ -113,8 +113,3 @@ def discard_incomplete(own: OwnedDirectory) -> None:
         own.refuse_strangers(name)
     for name in broken:
         own.remove(name)
-
-
-def bytes_of_checkpoints(own: OwnedDirectory) -> int:
-    """What the checkpoints of earlier runs take on the disk."""
-    return sum(p.stat().st_size for c in complete_checkpoints(own) for p in c.rglob("*") if p.is_file())

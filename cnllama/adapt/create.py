@@ -15,7 +15,6 @@ from cnllama.arguments import add_output_option
 from cnllama.errors import InputError
 from cnllama.files import copy_file
 from cnllama.ownership import OwnedDirectory
-from cnllama.space import check_space
 
 _FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _SIZES = (
@@ -77,10 +76,15 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name.replace("-", "_")) for name, _, _ in _SIZES} | {"tie": args.tie}
     inputs = {"tokenizer": [args.tokenizer]}
     with result_directory(
-        args.output, "adapt create", inputs=inputs, options=options, last="config.json", scratch=SCRATCH_FILES
+        args.output,
+        "adapt create",
+        inputs=inputs,
+        options=options,
+        last="config.json",
+        needed=4 * parameters,
+        scratch=SCRATCH_FILES,
     ) as own:
         if own is not None:
-            check_space(args.output / "config.json", 4 * parameters, "the checkpoint")
             torch.manual_seed(args.seed)
             _write(own, LlamaForCausalLM(config), args.tokenizer)
     print(f"{args.output}: {parameters:,} parameters, vocabulary {vocabulary.size:,}")

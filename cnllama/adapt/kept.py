@@ -18,6 +18,7 @@ from typing import Any
 from cnllama.contents import contents, deciding_files
 from cnllama.errors import CnllamaError, InputError
 from cnllama.ownership import OwnedDirectory
+from cnllama.space import check_space
 
 _ABSENT = object()
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -66,7 +67,14 @@ def difference(before: Any, now: Any, where: str = "") -> str | None:
         return f"had other contents in {where}"
     if _ABSENT in (before, now):
         return f"had no {where}, this one has" if before is _ABSENT else f"had {where}, this one has none"
-    return f"had {where} {before!r:.80}, this one has {now!r:.80}"
+    return f"had {where} {_shown(before)}, this one has {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:80]
+    except RecursionError:
+        return "something nested deeply"
 
 
 def as_json(value: Any) -> Any:
@@ -82,19 +90,23 @@ def result_directory(
     inputs: Mapping[str, Sequence[Path]],
     options: Mapping[str, Any],
     last: str,
+    needed: int,
     scratch: re.Pattern[str] | None = None,
 ) -> Iterator[OwnedDirectory | None]:
     """The directory of a command that fills it from the start to the end; None when it is finished, for the same input.
 
     last: the file that is written after all others; without it, what is there is a killed run's and is begun anew.
-    Leaving the block by an exception removes what was written. Raises InputError for a directory that is an input, that
-    holds anything foreign, or a finished result of other inputs or options.
+    needed: bytes that will be written. Leaving the block by an exception removes what was written. Raises InputError
+    for a directory that is an input, that holds anything foreign, or a finished result of other inputs or options, and
+    CnllamaError where there is no room.
     """
     for path in (path for paths in inputs.values() for path in paths):
         if out.exists() and path.exists() and out.samefile(path):
             raise InputError(f"{out}: this is one of the inputs and would be overwritten; choose another --output")
-    now = as_json({name: described(paths) for name, paths in inputs.items()} | {"options": options})
     with OwnedDirectory(out, made_by, alone=True, scratch=scratch) as own:
+        if not own.is_ours(last):
+            check_space(out / last, needed - own.size(), "the checkpoint")
+        now = as_json({name: described(paths) for name, paths in inputs.items()} | {"options": options})
         if own.is_ours(last):
             found = difference(own.key or {}, now)
             if found:

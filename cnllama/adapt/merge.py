@@ -16,7 +16,6 @@ from cnllama.convert.merge import MergedTensor, bias_settings
 from cnllama.convert.pack import Plan, make_plan
 from cnllama.errors import InputError
 from cnllama.files import copy_file, write_json
-from cnllama.space import check_space
 
 _SIZES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 _SHARD_BYTES = 4 << 30
@@ -55,9 +54,9 @@ def merge_checkpoint(base: Path, adapters: Sequence[Path], out: Path, dtype: str
     kind, item = _SIZES[dtype]
     size: int = sum(math.prod(tensor.shape) for tensor in plan.tensors.values()) * item
     inputs = {"base": [base], "adapters": adapters}
-    with result_directory(out, "adapt merge", inputs=inputs, options={"dtype": dtype}, last="config.json") as own:
+    options = {"dtype": dtype}
+    with result_directory(out, "adapt merge", inputs=inputs, options=options, last="config.json", needed=size) as own:
         if own is not None:
-            check_space(out / "config.json", size, "the checkpoint")
             _write_weights(plan, out, kind, size, progress)
             _write_small_files(plan, base, out, dtype)
     return size

@@ -81,7 +81,8 @@ def _first() -> bool:
 def _check_outside(tasks: Sequence[Task], recipe: Recipe) -> None:
     """Raises InputError for a file that a later stage would not find."""
     for task in tasks:
-        missing = [*task.missing, *(str(p) for _, p in task.outside[-1:] if task.stage.file and not p.is_file())]
+        script = [] if task.script is None or task.script.is_file() else [str(task.script)]
+        missing = [*task.missing, *script]
         if missing:
             raise InputError(f"{recipe.path}: stage {task.stage.name} names {missing[0]}, and there is no such file")
 
@@ -208,8 +209,7 @@ def _wait(mark: Path) -> None:
 
 def _execute(task: Task, recipe: Recipe) -> None:
     if task.stage.do == SCRIPT:
-        script = task.outside[-1][1]
-        code = subprocess.run([sys.executable, str(script), *task.words], check=False).returncode
+        code = subprocess.run([sys.executable, str(task.script), *task.words], check=False).returncode
     else:
         from cnllama.cli.main import Parser
 

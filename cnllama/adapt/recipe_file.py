@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from cnllama.adapt.script_files import script_files
 from cnllama.arguments import ListAction
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
@@ -63,7 +64,7 @@ class Recipe:
 class Task:
     """A stage with one choice of values. variant: "stage.option" -> value, empty without lists.
 
-    outside: what its options, and a script's file, name on the disk: (as it stands in the recipe, where it is).
+    outside: what its options name on the disk, and a script's files: (as it stands in the recipe, where it is).
     missing: what they name under ${data} or ${recipe} and is not there.
     """
 
@@ -75,6 +76,7 @@ class Task:
     options: Options = field(default_factory=dict)
     outside: list[tuple[str, Path]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    script: Path | None = None
 
     @property
     def label(self) -> str:
@@ -318,7 +320,9 @@ def _complete(task: Task, recipe: Recipe, chosen: Options, parser: argparse.Argu
     last = [item for dest in order for item in positionals.get(dest, [])]
     task.words = [*options, "-o", str(output), *["--"][: any(item.startswith("-") for item in last)], *last]
     if stage.file:
-        task.outside.append((stage.file, Path(_fill(stage.file, recipe.variables))))
+        task.script = Path(_fill(stage.file, recipe.variables))
+        for path in script_files(task.script):
+            task.outside.append((stage.file if path == task.script else f"{stage.file} ({path.name})", path))
     if parser is not None:
         try:
             parsed = parser.parse_args(task.words)

@@ -29,7 +29,6 @@ from cnllama.convert.checkpoint import (
 from cnllama.convert.tokenizers import MAX_TOKENIZER, MODEL, TokenizerFiles, first_difference, read_tokenizer
 from cnllama.errors import InputError
 from cnllama.files import copy_file, read_bytes, write_json
-from cnllama.space import check_space
 from cnllama.tokenizer import SPACE, Tokenizer
 
 INITS = ("mean", "normal", "zeros")
@@ -107,10 +106,14 @@ def resize(
     }
     inputs = {"base": [base], "tokenizer": [tokenizer]}
     options = {"init": init, "pad_to_multiple": multiple, "seed": seed}
-    with result_directory(out, "adapt resize", inputs=inputs, options=options, last="config.json") as own:
+    files = list(dict.fromkeys(tensor.file for tensor in checkpoint.tensors.values()))
+    needed = sum(path.stat().st_size for path in files) + sum(m.tensor.nbytes for m in grown_by_name.values())
+    with result_directory(
+        out, "adapt resize", inputs=inputs, options=options, last="config.json", needed=needed
+    ) as own:
         if own is None:
             return Resized(out, grown, [], warnings)
-        _write_weights(checkpoint, out, grown_by_name, progress)
+        _write_weights(files, out, grown_by_name, needed if progress else None)
         _write_small_files(checkpoint, tokenizer, new, out, grown)
     return Resized(out, grown, [matrix.growth(name) for name, matrix in grown_by_name.items()], warnings)
 
@@ -248,16 +251,13 @@ class _GrownMatrix:
         return mean.astype(np.float32), deviation.astype(np.float32), norms / self.kept
 
 
-def _write_weights(checkpoint: Checkpoint, out: Path, grown: Mapping[str, _GrownMatrix], progress: bool) -> None:
-    """Every file of the base: copied when it holds no grown matrix, else written anew."""
+def _write_weights(files: list[Path], out: Path, grown: Mapping[str, _GrownMatrix], total_bytes: int | None) -> None:
+    """Every file of the base: copied when it holds no grown matrix, else written anew. total_bytes: None for no bar."""
     from tqdm import tqdm
 
-    files = list(dict.fromkeys(tensor.file for tensor in checkpoint.tensors.values()))
-    needed = sum(path.stat().st_size for path in files) + sum(m.tensor.nbytes for m in grown.values())
-    check_space(out / "model.safetensors", needed, "the checkpoint")
     weight_map: dict[str, str] = {}
     total = 0
-    with tqdm(total=needed, unit="B", unit_scale=True, desc="resize", disable=not progress) as bar:
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="resize", disable=total_bytes is None) as bar:
         for number, path in enumerate(files, 1):
             tensors = _tensors_of(path, grown)
             name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"

@@ -17,7 +17,6 @@ import torch
 from cnllama.adapt import memory
 from cnllama.adapt.checkpoints import (
     SCRATCH_FILES,
-    bytes_of_checkpoints,
     complete_checkpoints,
     discard_incomplete,
     drop,
@@ -102,6 +101,8 @@ def run_stage(stage: Stage) -> dict[str, Any]:
     names = (*FILES, *WHOLE, *_TOKENIZER_FILES)
     owned = OwnedDirectory(stage.out, f"adapt {stage.label}", names=names, alone=stage.restart, scratch=SCRATCH_FILES)
     with owned if main else nullcontext() as own:
+        if own is not None:
+            _check_disk(stage, plan, 1, own)  # at least; how many steps there are is known when the data are
         identity = _identity(stage, vocabulary, dtype)
         finished = None if stage.restart else _finished(stage, identity, own)
         if finished is not None:
@@ -207,9 +208,7 @@ def _check_disk(stage: Stage, plan: memory.MemoryPlan, steps: int, own: OwnedDir
     settings = stage.settings
     saves = math.ceil(steps / settings.save_every) if settings.save_every else 0
     needed = min(saves, settings.keep + 1) * (plan.saved + plan.optimizer) + plan.saved + _SMALL
-    needed -= bytes_of_checkpoints(own)
-    if needed > 0:
-        check_space(stage.out / RESULT, needed, "checkpoints and result")
+    check_space(stage.out / RESULT, needed - own.size(), "checkpoints and result")
 
 
 def _identity(stage: Stage, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
