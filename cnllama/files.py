@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -150,7 +149,7 @@ def _destination(path: Path) -> Path:
 
 def temporary_name(target: Path, kind: str) -> Path:
     """A new name beside `target` that carries our mark. kind: its ending."""
-    return target.with_name(f".{_stem(target.name)}.cnllama-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+    return target.with_name(f".{_stem(target.name)}.cnllama-{os.getpid()}-{os.urandom(4).hex()}.{kind}")
 
 
 def temporaries(target: Path, kind: str) -> list[Path]:
