@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -168,7 +167,7 @@ def check_place(path: Path) -> Path:
 
 def temporary_name(target: Path, kind: str) -> Path:
     """A new name beside `target` that carries our mark. kind: its ending."""
-    return target.with_name(f".{_stem(target.name)}.cnllama-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+    return target.with_name(f".{_stem(target.name)}.cnllama-{os.getpid()}-{os.urandom(4).hex()}.{kind}")
 
 
 def temporaries(target: Path, kind: str) -> list[Path]:

@@ -159,9 +159,9 @@ def test_repeated_adapters_reach_the_work(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cnllama.adapt.pretrain, "run_stage", lambda stage: seen.update(stage=stage) or {})
     assert main(["adapt", "merge", "base", "--lora", "A", "--lora", "B", "-o", "out"]) == 0
     assert seen["loras"] == [Path("A"), Path("B")]
-    words = ["--data", "a.txt", "--data", "b.txt:2", "c.txt", "--adapter", "1", "--adapter", "2", "--eval", "e"]
+    words = ["--data", "a.txt", "--data", "b.txt:2", "c.txt", "--adapter", "1", "--adapter", "2", "--eval", "e.txt"]
     assert main(["adapt", "pretrain", "model", *words, "-o", "out"]) == 0
     stage = seen["stage"]
     assert [(str(s.path), s.repeat) for s in stage.data] == [("a.txt", 1), ("b.txt", 2), ("c.txt", 1)]
     assert stage.adapters == [Path("1"), Path("2")]
-    assert [str(s.path) for s in stage.held_out] == ["e"]
+    assert [str(s.path) for s in stage.held_out] == ["e.txt"]
