@@ -99,8 +99,8 @@ def edit_weight(path: Path) -> None:
 
 
 def edit_json(path: Path) -> None:
-    value = json.loads(path.read_text())
-    path.write_text(json.dumps(value | {"rms_norm_eps": 1e-4, "bos_token_id": 0, "lora_dropout": 0.5}))
+    changes = {"lora_dropout": 0.5} if path.name == "adapter_config.json" else {"rms_norm_eps": 1e-4, "bos_token_id": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 CHANGES: dict[str, Callable[[Path], None]] = {
