@@ -12,6 +12,7 @@ from pathlib import Path
 from cnllama import _core
 from cnllama.container import Output
 from cnllama.errors import InputError
+from cnllama.stdio import say, show
 
 from .pack import Report, convert
 from .quantize.calibration import DEFAULT_TOKENS, parse_tokens
@@ -113,24 +114,22 @@ def run(args: argparse.Namespace) -> int:
             output.write(json.dumps(report.to_dict(), indent=2).encode() + b"\n", 0)
             output.commit()
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(describe(report))
+        say(f"warning: {warning}")
+    show(*describe(report))
     return 0
 
 
-def describe(report: Report) -> str:
+def describe(report: Report) -> list[str]:
     """The report as lines for people."""
-    return "\n".join(
-        (
-            f"{report.file}: {report.size:,} bytes, {report.parameters:,} weights, vocabulary {report.vocab_size:,}",
-            f"  scheme       {report.scheme}, {report.bits_per_weight:.3f} bits per weight with everything",
-            f"  quantizer    {report.quantizer}{_reason(report)}",
-            f"  error        mean {report.mean_error:.2%}, worst {report.worst_error:.2%} ({report.worst_tensor})",
-            f"  template     {report.template}",
-            f"  fingerprint  {report.fingerprint}, content {report.content_sha256[:16]}",
-            f"  took         {report.seconds:.1f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
-        )
-    )
+    return [
+        f"{report.file}: {report.size:,} bytes, {report.parameters:,} weights, vocabulary {report.vocab_size:,}",
+        f"  scheme       {report.scheme}, {report.bits_per_weight:.3f} bits per weight with everything",
+        f"  quantizer    {report.quantizer}{_reason(report)}",
+        f"  error        mean {report.mean_error:.2%}, worst {report.worst_error:.2%} ({report.worst_tensor})",
+        f"  template     {report.template}",
+        f"  fingerprint  {report.fingerprint}, content {report.content_sha256[:16]}",
+        f"  took         {report.seconds:.1f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
+    ]
 
 
 def _reason(report: Report) -> str:

@@ -87,7 +87,7 @@ def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = N
         for adapter in adapters:
             check_adapter(adapter, checkpoint, config)
     except InputError as error:
-        raise InputError(f"{error}\n{size_table(checkpoint, adapters, tokenizer)}") from None
+        raise InputError(str(error), size_table(checkpoint, adapters, tokenizer)) from None
     vocabulary = check_vocabulary(checkpoint, adapters, is_tied(checkpoint), tokenizer)
     for adapter in adapters:
         adapter.check_values()

@@ -25,7 +25,7 @@ class Vocabulary:
 
     tokenizer: TokenizerFiles
     rows: int
-    table: str
+    table: list[str]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -49,7 +49,7 @@ def check_vocabulary(
     except _MismatchError as error:
         better = _better_order(checkpoint, adapters, tied, override)
         hint = f"; the right order is {' '.join(f'--lora {a.directory}' for a in better)}" if better else ""
-        raise InputError(f"{error}{hint}\n{table}") from None
+        raise InputError(f"{error}{hint}", table) from None
     warnings = [
         f"{tokenizer.file.parent}: the special token {text!r} has no id and the model no row for it: ignored"
         for text in left_out
@@ -191,7 +191,7 @@ def _better_order(
     return fitting[0] if len(fitting) == 1 else ()
 
 
-def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None = None) -> str:
+def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None = None) -> list[str]:
     """Every vocabulary size that any file states, as lines for people."""
     sizes = _sizes(checkpoint, adapters, override)
     width = max(len(what) for _, what, _ in sizes)
@@ -202,7 +202,7 @@ def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Pa
             lines.append(f"  {directory}")
             last = directory
         lines.append(f"    {what:<{width}}  {size}")
-    return "\n".join(lines)
+    return lines
 
 
 def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None) -> list[tuple[str, str, object]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cnllama import _core
-from cnllama.cli.main import Parser
+from cnllama.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh.md")

@@ -10,6 +10,7 @@ from pathlib import Path
 from cnllama.adapt.progress import quiet
 from cnllama.adapt.tokenfile import open_vocabulary
 from cnllama.errors import InputError
+from cnllama.stdio import show
 
 _FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -66,5 +67,5 @@ def run(args: argparse.Namespace) -> int:
         if (args.tokenizer / name).exists():
             shutil.copyfile(args.tokenizer / name, args.out / name)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.out}: {parameters:,} parameters, vocabulary {vocabulary.size:,}")
+    show(f"{args.out}: {parameters:,} parameters, vocabulary {vocabulary.size:,}")
     return 0

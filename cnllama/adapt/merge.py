@@ -20,6 +20,7 @@ from cnllama.container import Output
 from cnllama.convert.merge import MergedTensor
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError, from_os_error
+from cnllama.stdio import say, show
 
 _SIZES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 _CHUNK_VALUES = 1 << 23
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merges; prints what was written. Returns the exit code."""
     size = merge_checkpoint(args.base, args.lora, args.out, args.dtype, progress=sys.stderr.isatty())
-    print(f"{args.out}: {size / 1e9:.2f} GB, merged from {args.base} and {len(args.lora)} adapters")
+    show(f"{args.out}: {size / 1e9:.2f} GB, merged from {args.base} and {len(args.lora)} adapters")
     return 0
 
 
@@ -53,7 +54,7 @@ def merge_checkpoint(base: Path, adapters: Sequence[Path], out: Path, dtype: str
         raise InputError(f"{out}: is there already, expected a new or empty directory")
     plan = make_plan(base, adapters)
     for notice in plan.notices:
-        print(f"warning: {notice}", file=sys.stderr)
+        say(f"warning: {notice}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -29,6 +29,7 @@ from cnllama.adapt.plots import comparison_plot, format_table
 from cnllama.adapt.train import RESULT
 from cnllama.container import read_json
 from cnllama.errors import CnllamaError, InputError, from_os_error
+from cnllama.stdio import say, show
 
 MARK = "stage.json"
 SCRIPT = "script"
@@ -221,7 +222,7 @@ def _directory(stage: Stage, variant: Options) -> str:
 
 def _leaf_parser(do: str, where: str) -> argparse.ArgumentParser:
     """The parser of a command, of its verb's verb where it has any."""
-    from cnllama.cli.main import Parser
+    from cnllama.cli.parser import Parser
 
     command, _, verb = do.partition(" ")
     parser: argparse.ArgumentParser = Parser(prog=f"cnllama {command}", allow_abbrev=False)
@@ -341,7 +342,7 @@ def _execute(task: Task, recipe: Recipe) -> None:
         script = Path(_fill(task.stage.file, recipe.variables))
         code = subprocess.run([sys.executable, str(script), *task.words], check=False).returncode
     else:
-        from cnllama.cli.main import Parser
+        from cnllama.cli.parser import Parser
 
         command, _, verb = task.stage.do.partition(" ")
         module = importlib.import_module(f"cnllama.cli.{command}")
@@ -377,7 +378,7 @@ def _summarize(tasks: Sequence[Task], out: Path) -> None:
     write_json(out / "summary.json", rows)
     swept = list(dict.fromkeys(key for task in tasks for key in task.variant))
     columns = ["stage", *swept, "trained_parameters", "held_out_loss_before", "held_out_loss", "tokens", "seconds"]
-    print(format_table(columns, [["" if row.get(c) is None else row[c] for c in columns] for row in rows]))
+    show(*format_table(columns, [["" if row.get(c) is None else row[c] for c in columns] for row in rows]).split("\n"))
     for name in dict.fromkeys(row["stage"] for row in rows if swept):
         runs = [row for row in rows if row["stage"] == name and any(key in row for key in swept)]
         if len(runs) > 1:
@@ -388,4 +389,4 @@ def _summarize(tasks: Sequence[Task], out: Path) -> None:
 
 def _say(text: str) -> None:
     if not int(os.environ.get("RANK", "0")):
-        print(text, file=sys.stderr, flush=True)
+        say(text)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from cnllama.config import from_hf
 from cnllama.container import read_json
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
+from cnllama.stdio import say
 
 RESULT, RUN = "result.json", "run.json"
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -89,8 +89,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
     dtype = _dtype(stage, device)
     _plan(stage, config, device, dtype, main)
     data = stage.prepare_data(vocabulary)
-    for line in data.report if main else []:
-        print(line, file=sys.stderr)
+    say(*(data.report if main else []))
     identity = _identity(stage, vocabulary, data)
     finished = _finished(stage, identity)
     if finished is not None:
@@ -154,8 +153,7 @@ def _plan(stage: Stage, config: Any, device: str, dtype: torch.dtype, main: bool
         found = memory.plan_memory(config, stage.trained, shape)
     else:
         found = memory.refuse_unless_fits(config, stage.trained, shape, room, source)
-    for line in found.lines(room, source) if main else []:
-        print(line, file=sys.stderr)
+    say(*(found.lines(room, source) if main else []))
 
 
 def _identity(stage: Stage, vocabulary: Vocabulary, data: Data) -> dict[str, Any]:
@@ -298,7 +296,7 @@ def _train(stage: Stage, model: Any, vocabulary: Vocabulary, data: Data, device:
         _restore(stage, trainer, log, resume)
     else:
         if resume is not None and args.should_save:
-            print(f"{stage.label}: going on from step {_step(resume)} of {total}", file=sys.stderr)
+            say(f"{stage.label}: going on from step {_step(resume)} of {total}")
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return _finish(stage, trainer, log, data)
 

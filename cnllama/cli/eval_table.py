@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnllama.cli.eval_shared import Files, add_text_options, command, opener, read, say
 from cnllama.errors import InputError, os_errors_explained
+from cnllama.stdio import show
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         files.write(args.markdown, report)
         if args.png:
             files.write(args.png, picture(result))
-    print(report, end="")
+    show(*report.rstrip("\n").split("\n"))
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cnllama.stdio import say, show
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     with os_errors_explained(args.output):
         report = export(file, args.output, wanted=args.type, progress=sys.stderr.isatty())
     for warning in report.warnings:
-        print(tr("warning: ", "警告：") + warning, file=sys.stderr)
-    print("\n".join(describe(report)))
+        say(tr("warning: ", "警告：") + warning)
+    show(*describe(report))
     return 0
 
 

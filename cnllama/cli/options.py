@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from cnllama.errors import InputError
-from cnllama.textio import tr
+from cnllama.stdio import say
+from cnllama.textio import decode_argument, tr
 
 if TYPE_CHECKING:
     from cnllama.llm import LLM
@@ -29,7 +29,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--raw", action="store_true", help=tr("no template, as --template raw", "不用模板，即 --template raw")
     )
     group.add_argument(
-        "--system", metavar="TEXT", help=tr("system prompt instead of the template's", "代替模板的系统提示")
+        "--system",
+        type=decode_argument,
+        metavar="TEXT",
+        help=tr("system prompt instead of the template's", "代替模板的系统提示"),
     )
     group.add_argument("--ctx", type=int, metavar="N", help=tr("positions of the context", "上下文长度"))
     group.add_argument(
@@ -83,6 +86,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--stop",
         action="append",
+        type=decode_argument,
         metavar="TEXT",
         help=tr("end before this text; may be repeated", "遇到此文本即停止；可重复"),
     )
@@ -121,7 +125,7 @@ def open_model(args: argparse.Namespace) -> LLM:
             device=args.device,
         )
     for warning in caught:
-        print(tr("cnllama: warning: ", "cnllama：警告：") + str(warning.message), file=sys.stderr)
+        say(tr("cnllama: warning: ", "cnllama：警告：") + str(warning.message))
     return llm
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -12,21 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from cnllama.cli.options import add_model_options, add_sampling_options, describe, open_model, sampling_changes
 from cnllama.errors import InputError
-from cnllama.textio import decode_text, read_text_file, tr
+from cnllama.start import INTERRUPTED
+from cnllama.stdio import say, to_json
+from cnllama.textio import decode_argument, decode_text, read_text_file, tr
 
 if TYPE_CHECKING:
     from cnllama.llm import LLM, Stream
     from cnllama.request import Completion
 
 HELP = tr("answer one prompt, streamed", "回答一个提示，流式输出")
-INTERRUPTED = 130
 PATIENCE = 2.0  # seconds that a prompt may take without a progress bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `cnllama run`."""
     parser.add_argument(
-        "-p", "--prompt", metavar="TEXT", help=tr("the prompt; without it, what is piped in", "提示；不给则读管道输入")
+        "-p",
+        "--prompt",
+        type=decode_argument,
+        metavar="TEXT",
+        help=tr("the prompt; without it, what is piped in", "提示；不给则读管道输入"),
     )
     parser.add_argument(
         "-f", "--file", metavar="FILE", help=tr("prompt from a file, UTF-8 or GBK", "从文件读提示，UTF-8 或 GBK")
@@ -53,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
         with prefill_progress() as progress:
             stream = llm.stream(messages, progress=progress, logprobs=args.logprobs, **sampling_changes(args))
             if not args.json:
-                print(describe(llm), file=sys.stderr, flush=True)
+                say(describe(llm))
             interrupted = _print_stream(stream, quiet=args.json)
         completion = stream.completion
         reason = "interrupted" if interrupted else completion.finish_reason
         figures = _figures(llm, completion, args.stats) if args.stats or args.json or interrupted else {}
         if args.json:
-            print(json.dumps(_as_json(llm, completion, reason, figures), ensure_ascii=False))
+            print(to_json(_as_json(llm, completion, reason, figures)))
         elif figures:
             _print_stats(completion, reason, figures)
         return INTERRUPTED if interrupted else 0
@@ -137,8 +141,8 @@ def _print_stats(completion: Completion, reason: str, figures: dict[str, Any]) -
 
     names = {"stop": tr("the answer was complete", "回答完毕"), "interrupted": tr("interrupted", "已中断")}
     cut = tr("cut at the limit of tokens, -n or --ctx", "到达词元数上限（-n 或 --ctx）")
-    print(table(figures), file=sys.stderr)
-    print(tr("finish", "结束") + f": {reason} ({names.get(reason, cut)}) · seed {completion.seed}", file=sys.stderr)
+    say(*table(figures).split("\n"))
+    say(tr("finish", "结束") + f": {reason} ({names.get(reason, cut)}) · seed {completion.seed}")
 
 
 def _as_json(llm: LLM, completion: Completion, reason: str, figures: dict[str, Any]) -> dict[str, Any]:

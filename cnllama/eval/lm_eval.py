@@ -8,7 +8,6 @@ line, whose options are all there. From Python it is enough to import this modul
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from cnllama.eval.models import EngineScorer, Item
 from cnllama.eval.numerics import target_logprobs
 from cnllama.llm import LLM
 from cnllama.sampling import SamplingParams
+from cnllama.stdio import say
 from cnllama.templates import encode_chat
 
 _log = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except CnllamaError as error:
-        print(f"cnllama: {error}", file=sys.stderr)
+        say(f"cnllama: {error}", *error.details)
         raise SystemExit(error.exit_code) from None
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cnllama.errors import printable
 from cnllama.eval.answers import Answer
 from cnllama.eval.benchmarks import Benchmark
 from cnllama.eval.numerics import sign_test
@@ -75,6 +76,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _line(name: str, counts: dict[str, Any]) -> str:
+    name = printable(name)  # of a file
     if "accuracy" not in counts:
         return f"| {name} | {counts['questions']} | | |"
     return f"| {name} | {counts['questions']} | {counts['correct']} | {counts['accuracy']:.1%} |"
