@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from cnllama.adapt.output import write_json
+from cnllama.errors import printable
 
 LOG, MARK = "log.jsonl", "complete.json"
 
@@ -35,7 +36,7 @@ class Progress(TrainerCallback):
             self._bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
-                desc=self._label,
+                desc=printable(self._label),
                 unit="step",
                 disable=not sys.stderr.isatty(),
             )

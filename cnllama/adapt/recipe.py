@@ -321,7 +321,7 @@ def run_task(task: Task, recipe: Recipe) -> None:
     try:
         _execute(task, recipe)
     except CnllamaError as error:
-        raise type(error)(f"stage {task.label}: {error}") from None
+        raise type(error)(f"stage {task.label}: {error}", error.details) from None
     if int(os.environ.get("RANK", "0")):
         return _wait(mark)
     task.directory.mkdir(exist_ok=True)

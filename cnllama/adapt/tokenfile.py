@@ -17,7 +17,7 @@ from cnllama.adapt.output import write_json
 from cnllama.adapt.reading import ReadLog, check_files
 from cnllama.container import Output, read_json
 from cnllama.convert.tokenizers import read_tokenizer
-from cnllama.errors import InputError, from_os_error
+from cnllama.errors import InputError, from_os_error, printable
 from cnllama.tokenizer import Tokenizer
 
 _VERSION = 1
@@ -205,7 +205,13 @@ def _write(stem: Path, path: Path, dtype: type[np.generic], produce: Produce, pr
 
     log, report = ReadLog(), FileReport(str(path))
     columns: dict[str, _Column] = {}
-    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"tokenize {path.name}", disable=not progress)
+    bar = tqdm(
+        total=path.stat().st_size,
+        unit="B",
+        unit_scale=True,
+        desc=f"tokenize {printable(path.name)}",
+        disable=not progress,
+    )
     try:
         for entry in produce(log, report):
             if not columns:
