@@ -56,6 +56,20 @@ constexpr Kernels make_table(const char* name) {
             read_lines};
 }
 
+/// An array that is longer than the list that fills it ends in nulls, of which no compiler warns.
+constexpr bool is_complete(const Kernels& k) {
+    for (int shape = 0; shape < kShapeCount; ++shape) {
+        for (int tokens = 0; tokens < kStreamTokens; ++tokens)
+            if (k.stream_panel[shape][tokens] == nullptr) return false;
+        for (int tokens = 0; tokens < kTileTokens; ++tokens)
+            if (k.pair[shape][tokens] == nullptr) return false;
+    }
+    return k.expand && k.rms_factor && k.quantize_span && k.swiglu && k.exp && k.rope && k.kv_store &&
+           k.attention_chunk && k.attention_merge && k.attention_finish && k.quantize_group && k.int8_peak &&
+           k.float_peak && k.read_lines;
+}
+static_assert(is_complete(make_table("")), "a kernel is missing in the table of this instruction set");
+
 #undef CNL_SHAPES
 #undef CNL_TO_12
 #undef CNL_TO_6
