@@ -1,5 +1,6 @@
+import mmap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -154,3 +155,27 @@ class Sampler:
 
     def needed(self, banned: int) -> int:
         """How many of the largest logits decide the next token when as many ids are banned; 0: all of them."""
+
+class MapGuard:
+    """A watched map, itself a read-only buffer of its bytes: reading what was cut off the file gives zeros, not SIGBUS.
+
+    Arrays made of it keep the map alive.
+    """
+
+    @overload
+    def __init__(self, map: mmap.mmap) -> None: ...
+    @overload
+    def __init__(self, address: int, size: int, owner: object) -> None:
+        """A map that somebody else made; owner is kept alive."""
+    damaged: bool
+    """Whether a part was missing when it was read. All of it is zeros then."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class HeldInterrupt:
+    """A context in which Ctrl-C waits for its end, in the main thread."""
+
+    def __enter__(self) -> None:
+        """Raises what the handler raises, when Ctrl-C came before."""
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None: ...

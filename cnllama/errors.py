@@ -49,6 +49,10 @@ class InputError(CnllamaError):
     exit_code = 2
 
 
+class FileChangedError(CnllamaError):
+    """A file is no longer the one that was opened; nothing more can be read from it."""
+
+
 _INPUT_ERRORS = {
     errno.ENOENT: "there is no such file or directory",
     errno.ENOTDIR: "a part of this path is a file, not a directory",

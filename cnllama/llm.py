@@ -8,7 +8,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnllama.device import choose, engine_class, gpu_memory, step_tokens
-from cnllama.errors import CnllamaError, InputError
+from cnllama.errors import CnllamaError, FileChangedError, InputError
 from cnllama.format import open_cnl
 from cnllama.plan import Plan, make_plan, refuse_unless_fits, trained_length
 from cnllama.request import Completion, Request
@@ -62,15 +61,22 @@ class Stream(Iterator[str]):
 
     def __next__(self) -> str:
         request = self._request
-        while True:
-            text = request.take()
-            if text:
-                return text
-            if request.error is not None:
-                raise CnllamaError(f"the request was ended: {request.error!r}") from request.error
-            if request.finished:
-                raise StopIteration
-            self._step()
+        try:
+            while True:
+                ended = request.finished  # asked first: another thread may put in the last text and end it meanwhile
+                request.report()
+                text = request.take()
+                if text:
+                    return text
+                if ended:
+                    break
+                self._step()
+        except BaseException:
+            request.cancel()  # an error of the caller's own callback, or Ctrl-C: the other requests go on
+            raise
+        if request.error is not None:
+            raise request.error
+        raise StopIteration
 
     def __del__(self) -> None:
         self.close()
@@ -140,8 +146,13 @@ class LLM:
         self._warn_long_context()
         self.engine = self._open_engine(threads, kv_type, max_sequences)
         self.threads: int = self.engine.threads
+        self.check_weights()
         self._scheduler: Scheduler | None = Scheduler(
-            self.engine, self._make_pool(max_sequences), self.engine if self.device == "cuda" else None
+            self.engine,
+            self._make_pool(max_sequences),
+            self.engine if self.device == "cuda" else None,
+            check=self.check_weights,
+            explain=self._explain,
         )
         self._ends = self._end_tokens()
         self._silent = [i for i in range(self.tokenizer.pieces, self.vocab_size) if not self.tokenizer.has(i)]
@@ -207,8 +218,7 @@ class LLM:
             raise InputError("there are no token ids: give at least one")
         self._check_length(len(tokens))
         out = np.empty((len(tokens), self.vocab_size), np.float32)
-        with _one_sentence(self.path):
-            self._open_scheduler().all_logits(tokens, out)
+        self._open_scheduler().all_logits(tokens, out)
         return out
 
     def tokenize(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
@@ -227,12 +237,17 @@ class LLM:
             return encode_chat(self.template, self.tokenizer, prompt)  # type: ignore[arg-type]
         return self._check_ids(prompt)  # type: ignore[arg-type]
 
+    def check_weights(self) -> None:
+        """Raises FileChangedError when the weights are no longer those that were opened. On a GPU they are a copy."""
+        if self.device == "cpu":
+            self.file.check_unchanged()
+
     def close(self) -> None:
         """Frees the cache and the threads. Requests that still run end with an error."""
         if self._scheduler is not None:
-            self._scheduler.abort(CnllamaError("this LLM was closed"))
+            self._scheduler.close()  # waits for a step of another thread
             self._scheduler = None
-            del self.engine
+            self.__dict__.pop("engine", None)
 
     def __enter__(self) -> LLM:
         return self
@@ -268,8 +283,15 @@ class LLM:
         return request
 
     def _step(self) -> None:
-        with _one_sentence(self.path):
-            self._open_scheduler().step()
+        self._open_scheduler().step()
+
+    def _explain(self, error: Exception) -> CnllamaError:
+        """What the native code refuses in the middle of a run, as a sentence that names the file."""
+        try:
+            self.check_weights()  # zeros in place of what was cut off may be what it refuses
+        except FileChangedError as changed:
+            return changed
+        return CnllamaError(f"{self.path}: {error}; check the file with: cnllama verify {self.path}")
 
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
         if params is None:
@@ -364,12 +386,3 @@ def _is_messages(prompt: Prompt) -> bool:
     return (
         not isinstance(prompt, str) and isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
     )
-
-
-@contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
-    """What the native code refuses in the middle of a run, as a CnllamaError that names the file."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise CnllamaError(f"{path}: {error}; check the file with: cnllama verify {path}") from error

@@ -7,7 +7,7 @@ import ctypes
 import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama.container import SafetensorsFile, read_json
-from cnllama.errors import InputError, from_os_error
+from cnllama.errors import InputError
+from cnllama.mapped import WatchedFile
 
 FloatArray = npt.NDArray[np.float32]
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -66,6 +67,7 @@ class _MappedTensor(SourceTensor):
             values = _from_bfloat16(data.view(np.uint16).reshape(self.shape)[begin:end])
         else:
             raise self._refuse_dtype()
+        self._source.check_unchanged()
         return values
 
     def release(self) -> None:
@@ -73,7 +75,7 @@ class _MappedTensor(SourceTensor):
 
 
 class _TorchTensor(SourceTensor):
-    def __init__(self, file: Path, name: str, tensor: Any, mapped: bool) -> None:
+    def __init__(self, file: Path, name: str, tensor: Any, mapped: WatchedFile | None) -> None:
         self.file, self.name, self._tensor, self._mapped = file, name, tensor.detach(), mapped
         self.shape = tuple(tensor.shape)
         names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -85,14 +87,17 @@ class _TorchTensor(SourceTensor):
 
         rows = self._tensor[begin:end].contiguous()
         if self.dtype == "BF16":
-            return _from_bfloat16(rows.view(torch.int16).numpy().view(np.uint16))
-        if self.dtype not in ("F16", "F32"):
+            values = _from_bfloat16(rows.view(torch.int16).numpy().view(np.uint16))
+        elif self.dtype in ("F16", "F32"):
+            values = rows.numpy().astype(np.float32)  # always a copy: the map is shared with other readers
+        else:
             raise self._refuse_dtype()
-        values: npt.NDArray[Any] = rows.numpy()
-        return values.astype(np.float32)  # always a copy: the map is shared with other readers
+        if self._mapped is not None:
+            self._mapped.check_unchanged()
+        return values
 
     def release(self) -> None:
-        if self._mapped and self._tensor.is_contiguous():
+        if self._mapped is not None and self._tensor.is_contiguous():
             _drop_pages(self._tensor.data_ptr(), self._tensor.nbytes)
 
 
@@ -120,23 +125,18 @@ def open_weights(path: Path) -> dict[str, SourceTensor]:
 
 
 def _open_torch(path: Path) -> dict[str, SourceTensor]:
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty; its download was cut off, get it again")
-    except OSError as error:
-        raise from_os_error(path, error) from None
+    mapped: WatchedFile | None = WatchedFile(path)
     try:
         import torch
     except ImportError:
         raise InputError(f"{path}: reading PyTorch's .bin needs torch; run: pip install 'cnllama[convert]'") from None
-    mapped = True
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):
                 raise
-            mapped = False  # the format of torch before 1.6, which cannot be mapped
+            mapped = None  # the format of torch before 1.6, which cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -150,7 +150,22 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
         raise InputError(f"{path}: holds names of tensors that are no plain text; save the model's state_dict again")
     if any(value.layout != torch.strided or value.device.type != "cpu" for value in state.values()):
         raise InputError(f"{path}: holds sparse or empty (meta) tensors, expected plain ones; save the model again")
+    if mapped is not None:
+        for begin, end in _joined((s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in state.values())):
+            mapped.guard(begin, end - begin)
+        mapped.check_unchanged()
     return {name: _TorchTensor(path, name, value, mapped) for name, value in state.items()}
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(begin, end) of (address, bytes), one piece where less than a page lies between: tensors of one mapped file."""
+    joined: list[tuple[int, int]] = []
+    for begin, size in sorted(set(ranges)):
+        if joined and begin < joined[-1][1] + mmap.PAGESIZE:
+            joined[-1] = joined[-1][0], max(joined[-1][1], begin + size)
+        elif size:
+            joined.append((begin, begin + size))
+    return joined
 
 
 def canonical_name(name: str) -> str:

@@ -84,6 +84,7 @@ class EngineScorer:
         self.vocab_size: int = llm.vocab_size
         self.tokens_run = 0
         self._path, self._context, self._engine = llm.path, llm.context, llm.engine
+        self._check_weights = llm.check_weights
         scaling = llm.file.config.get("rope_scaling") or {}
         dynamic = scaling.get("rope_type", scaling.get("type")) == "dynamic"
         self._unscaled = int(llm.file.config["max_position_embeddings"]) if dynamic else 0
@@ -179,7 +180,9 @@ class EngineScorer:
                 ]
             )
         except (ValueError, RuntimeError) as error:
+            self._check_weights()
             raise CnllamaError(f"{self._path}: {error}; check the file with: cnllama verify {self._path}") from error
+        self._check_weights()
         row = 0
         for lane, begin, end, every in batch:
             assert lane.item is not None

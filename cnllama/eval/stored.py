@@ -111,7 +111,9 @@ class StoredScorer:
         for number, item in enumerate(items):
             for position in range(item.begin, len(item.ids), _ROWS):
                 n = min(_ROWS, len(item.ids) - position)
-                yield Rows(number, position, self._values[row : row + n].astype(np.float32))
+                values = self._values[row : row + n].astype(np.float32)
+                self._file.check_unchanged()
+                yield Rows(number, position, values)
                 row += n
             if progress:
                 progress(len(item.ids))
