@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from cnllama.errors import CnllamaError, InputError
-    from cnllama.llm import LLM, Stream
-    from cnllama.request import Completion, TokenLogprob, Usage
+    from cnllama.llm import LLM
+    from cnllama.request import Completion, Stream, TokenLogprob, Usage
     from cnllama.sampling import SamplingParams
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "llm",
-    "Stream": "llm",
+    "Stream": "request",
     "SamplingParams": "sampling",
     "Completion": "request",
     "TokenLogprob": "request",

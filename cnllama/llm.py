@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,23 +17,25 @@ from cnllama.device import choose, engine_class, gpu_memory, step_tokens
 from cnllama.errors import CnllamaError, FileChangedError, InputError
 from cnllama.format import open_cnl
 from cnllama.plan import Plan, make_plan, refuse_unless_fits, trained_length
-from cnllama.request import Completion, Request
+from cnllama.prompts import Prompt, read_ids, read_prompt, read_prompts, read_text
+from cnllama.request import Completion, Request, Stream
 from cnllama.sampling import SamplingParams
 from cnllama.scheduler import Scheduler, SlotPool
 from cnllama.templates import Message, Template, encode_chat, get_template
 from cnllama.textio import tr
 from cnllama.tokenizer import Tokenizer
+from cnllama.values import integer, real, shown
 
 if TYPE_CHECKING:
     from cnllama import _core
 
-Prompt = str | Sequence[int] | Sequence[Message]
 Progress = Callable[[int, int], None]
 
 # generation_config.json's names for what SamplingParams calls otherwise.
 _GENERATION_NAMES = {"repetition_penalty": "repeat_penalty", "max_new_tokens": "max_tokens"}
 _GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 _INTEGERS = ("top_k", "max_tokens")
+MAX_THREADS = 1024
 
 
 def bundled_model() -> Path:
@@ -50,45 +51,6 @@ def bundled_model() -> Path:
             )
         )
     return found[0]
-
-
-class Stream(Iterator[str]):
-    """The pieces of an answer as they come; `completion` has the result, so far or whole."""
-
-    def __init__(self, step: Callable[[], None], request: Request) -> None:
-        self._step = step
-        self._request = request
-
-    def __next__(self) -> str:
-        request = self._request
-        try:
-            while True:
-                ended = request.finished  # asked first: another thread may put in the last text and end it meanwhile
-                request.report()
-                text = request.take()
-                if text:
-                    return text
-                if ended:
-                    break
-                self._step()
-        except BaseException:
-            request.cancel()  # an error of the caller's own callback, or Ctrl-C: the other requests go on
-            raise
-        if request.error is not None:
-            raise request.error
-        raise StopIteration
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops generating. What came so far stays in `completion`."""
-        self._request.cancel()
-
-    @property
-    def completion(self) -> Completion:
-        """The result so far; the whole one when the stream has ended."""
-        return self._request.completion()
 
 
 class LLM:
@@ -118,6 +80,10 @@ class LLM:
         device: str = "cpu",
     ) -> None:
         begin = time.perf_counter()
+        threads = _count("threads", threads, 0, MAX_THREADS)
+        for name, value in (("kv_type", kv_type), ("template", template), ("device", device)):
+            if not isinstance(value, str) and (name != "template" or value is not None):
+                raise InputError(f"{name} is {shown(value)}, expected a name")
         if speculate not in (None, "lookup"):
             raise InputError(
                 tr(
@@ -127,7 +93,7 @@ class LLM:
             )
         self.speculate = speculate
         self.device = choose(device)
-        self.path = Path(path) if path is not None else bundled_model()
+        self.path = _path(path) if path is not None else bundled_model()
         self.file = open_cnl(self.path)
         self.vocab_size: int = self.file.vocab_size
         self.template: Template = get_template(template or self.file.template)
@@ -186,8 +152,9 @@ class LLM:
         prompts: several, or one of them alone. params: one for all, or one for each. See `stream` for the rest. The
         tokens do not depend on what runs together.
         """
-        batch: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
-        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        batch = read_prompts(prompts)
+        single = params is None or isinstance(params, SamplingParams) or not isinstance(params, Iterable)
+        each: list[Any] = [params] * len(batch) if single else list(params)  # type: ignore[arg-type]
         if len(each) != len(batch):
             raise InputError(f"there are {len(batch)} prompts and {len(each)} sampling parameters")
         settled = [self._params(p, changes) for p in each]
@@ -223,19 +190,27 @@ class LLM:
 
     def tokenize(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Ids of a text; see Tokenizer.encode."""
-        return self.tokenizer.encode(text, bos, eos, special)
+        return self.tokenizer.encode(read_text(text), bos, eos, special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ids; see Tokenizer.decode."""
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.decode(read_ids(ids))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The ids that `stream` runs for a prompt."""
-        if isinstance(prompt, str):
-            return encode_chat(self.template, self.tokenizer, [{"role": "user", "content": prompt}])
-        if _is_messages(prompt):
-            return encode_chat(self.template, self.tokenizer, prompt)  # type: ignore[arg-type]
-        return self._check_ids(prompt)  # type: ignore[arg-type]
+        return self._read(prompt)[0]
+
+    def _read(self, prompt: Prompt) -> tuple[list[int], bool]:
+        """(ids, whether they come out of the template)."""
+        found = read_prompt(prompt)
+        messages: Sequence[Message] | None = None
+        if isinstance(found, str):
+            messages = [{"role": "user", "content": found}]
+        elif found and isinstance(found[0], Mapping):
+            messages = found
+        if messages is not None:
+            return encode_chat(self.template, self.tokenizer, messages), True
+        return self._check_ids(found), False
 
     def check_weights(self) -> None:
         """Raises FileChangedError when the weights are no longer those that were opened. On a GPU they are a copy."""
@@ -258,8 +233,11 @@ class LLM:
         self.close()
 
     def _request(self, prompt: Prompt, params: SamplingParams, progress: Progress | None) -> Request:
-        templated = isinstance(prompt, str) or _is_messages(prompt)
-        ids = self.prompt_ids(prompt)
+        ids, templated = self._read(prompt)
+        if progress is not None and not callable(progress):
+            raise InputError(f"progress is {shown(progress)}, expected a function of two integers")
+        if params.logprobs is not None and params.logprobs > self.vocab_size:
+            raise InputError(f"logprobs is {params.logprobs}, over the {self.vocab_size} tokens of the vocabulary")
         if not ids:
             raise InputError("the prompt is empty and the model puts no token before it: give some text")
         self._check_length(len(ids))
@@ -294,8 +272,10 @@ class LLM:
         return CnllamaError(f"{self.path}: {error}; check the file with: cnllama verify {self.path}")
 
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+        if not isinstance(params, SamplingParams | None):
+            raise InputError(f"the sampling parameters are {shown(params)}, expected SamplingParams")
         if params is None:
-            greedy = changes.get("temperature") == 0
+            greedy = real(changes.get("temperature")) == 0
             params = SamplingParams(max_tokens=self.defaults.max_tokens) if greedy else self.defaults
         return params.with_changes(**changes)
 
@@ -361,11 +341,8 @@ class LLM:
                 )
             )
 
-    def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        try:
-            tokens = [operator.index(i) for i in ids]
-        except TypeError as error:
-            raise InputError(f"a prompt is text, messages or token ids, not {ids!r:.60}") from error
+    def _check_ids(self, ids: Any) -> list[int]:
+        tokens = read_ids(ids)
         bad = next((i for i in tokens if not 0 <= i < self.vocab_size), None)
         if bad is not None:
             raise InputError(f"token id {bad} is outside the vocabulary, 0 to {self.vocab_size - 1}")
@@ -377,12 +354,14 @@ class LLM:
         return self._scheduler
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether it is a single prompt: text, or a sequence that begins with a message or a token id."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
+def _count(name: str, value: object, low: int, high: int) -> int:
+    count = integer(value)
+    if count is None or not low <= count <= high:
+        raise InputError(f"{name} is {shown(value)}, expected an integer from {low} to {high:,}")
+    return count
 
 
-def _is_messages(prompt: Prompt) -> bool:
-    return (
-        not isinstance(prompt, str) and isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
-    )
+def _path(path: object) -> Path:
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise InputError(f"the model is {shown(path)}, expected the path of a .cnl file")
+    return Path(os.fsdecode(path))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -306,3 +306,42 @@ class Request:
         if text:
             self._text.append(text)
             self._new.append(text)
+
+
+class Stream(Iterator[str]):
+    """The pieces of an answer as they come; `completion` has the result, so far or whole."""
+
+    def __init__(self, step: Callable[[], None], request: Request) -> None:
+        self._step = step
+        self._request = request
+
+    def __next__(self) -> str:
+        request = self._request
+        try:
+            while True:
+                ended = request.finished  # asked first: another thread may put in the last text and end it meanwhile
+                request.report()
+                text = request.take()
+                if text:
+                    return text
+                if ended:
+                    break
+                self._step()
+        except BaseException:
+            request.cancel()  # an error of the caller's own callback, or Ctrl-C: the other requests go on
+            raise
+        if request.error is not None:
+            raise request.error
+        raise StopIteration
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops generating. What came so far stays in `completion`."""
+        self._request.cancel()
+
+    @property
+    def completion(self) -> Completion:
+        """The result so far; the whole one when the stream has ended."""
+        return self._request.completion()

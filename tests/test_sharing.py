@@ -19,8 +19,7 @@ from processes import start, wait
 
 from cnllama import LLM, CnllamaError, SamplingParams, _core
 from cnllama.format import open_cnl
-from cnllama.llm import Stream
-from cnllama.request import Request
+from cnllama.request import Request, Stream
 from cnllama.scheduler import Scheduler, SlotPool
 
 LONG = {"temperature": 0.9, "max_tokens": 40, "ignore_eos": True}

@@ -99,11 +99,11 @@ def parse_counts(text: str, option: str, low: int, high: int) -> list[int]:
     """The integers of a comma-separated option. Raises InputError that names the option and the range."""
     counts = []
     for item in filter(None, text.split(",")):
-        if not item.strip().isdecimal() or not low <= int(item) <= high:
+        if not item.strip().isdecimal() or len(item) > 20 or not low <= int(item) <= high:
             raise InputError(
                 tr(
-                    f"{option} has {item!r}, expected integers from {low} to {high:,}, separated by commas",
-                    f"{option} 中有 {item!r}，应为 {low} 到 {high:,} 的整数，以逗号分隔",
+                    f"{option} has {item!r:.60}, expected integers from {low} to {high:,}, separated by commas",
+                    f"{option} 中有 {item!r:.60}，应为 {low} 到 {high:,} 的整数，以逗号分隔",
                 )
             )
         counts.append(int(item))

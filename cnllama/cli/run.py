@@ -16,8 +16,8 @@ from cnllama.stdio import say, to_json
 from cnllama.textio import decode_argument, decode_text, read_text_file, tr
 
 if TYPE_CHECKING:
-    from cnllama.llm import LLM, Stream
-    from cnllama.request import Completion
+    from cnllama.llm import LLM
+    from cnllama.request import Completion, Stream
 
 HELP = tr("answer one prompt, streamed", "回答一个提示，流式输出")
 PATIENCE = 2.0  # seconds that a prompt may take without a progress bar
