@@ -178,11 +178,22 @@ def _of_character(character: str) -> float:
     return 0.0 if 1 <= row <= 3 else _OTHER
 
 
+def _given(name: str) -> str:
+    """A variable of the environment as the process got it, before Python changed it; empty where that is not known."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            variables = file.read().split(b"\0")
+    except OSError:
+        return ""
+    found = next((v for v in variables if v.startswith(f"{name}=".encode())), b"")
+    return found.partition(b"=")[2].decode("ascii", "replace")
+
+
 def locale_encoding() -> str:
     """ "gb18030" where the user's locale says GBK, installed or not; else empty."""
     variables = [os.environ.get(name, "") for name in ("LC_ALL", "LC_CTYPE", "LANG")]
     if variables[1].lower() in _COERCED:
-        variables[1] = ""
+        variables[1] = _given("LC_CTYPE")
     codeset = next(filter(None, variables), "").partition(".")[2].partition("@")[0]
     try:
         return "gb18030" if codecs.lookup(codeset).name in _GBK_FAMILY else ""

@@ -57,7 +57,7 @@ def test_the_work_goes_on_when_the_reader_of_stderr_has_gone(verb: str, tiny_cnl
     os.close(reading)
     process = start(*arguments, stderr=writing)
     os.close(writing)
-    out, _ = wait(process, "从前有一个\n".encode() if verb == "chat" else b"")
+    out, _ = wait(process, "从前有一个\n/nothing\n".encode() if verb == "chat" else b"")
     assert process.returncode == 0
     assert out == expected + b"\n" if verb in ("run", "chat") else out.count(b"\n") >= 1
 
