@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama import _core
-from cnllama.errors import FileChangedError, InputError, from_os_error
+from cnllama.errors import CnllamaError, FileChangedError, InputError, from_os_error
 
 
 class WatchedFile:
@@ -53,9 +53,11 @@ class WatchedFile:
             raise self._changed() from None
         except OSError as error:
             raise from_os_error(self.path, error) from None
-        guard = _core.MapGuard(mapping)
-        self._guards.append(guard)
-        return mapping, np.frombuffer(guard, np.uint8)  # type: ignore[call-overload]
+        try:
+            self._guards.append(_core.MapGuard(mapping))
+        except RuntimeError as error:  # there is room for some thousands
+            raise CnllamaError(f"{self.path}: {error}") from None
+        return mapping, np.frombuffer(self._guards[-1], np.uint8)  # type: ignore[call-overload]
 
     def guard(self, address: int, size: int) -> None:
         """The same for a map that somebody else made of the file."""

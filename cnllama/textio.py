@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from pathlib import Path
+from typing import BinaryIO
 
 from cnllama.encodings import UndecodableError, decode, locale_encoding
 from cnllama.errors import InputError, from_os_error
@@ -38,13 +38,30 @@ def decode_text(data: bytes, name: str) -> str:
     return found.text.replace("\r\n", "\n")
 
 
-def read_text_file(path: str | os.PathLike[str]) -> str:
-    """The text of a file without its last line end. Raises InputError as decode_text, or for an unreadable file."""
+def read_text_file(path: str | os.PathLike[str], most: int | None = None) -> str:
+    """The text of a file without its last line end. most: bytes it may have, for what need not have an end.
+
+    Raises InputError as decode_text, or for an unreadable file.
+    """
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = read_limited(file, os.fspath(path), most)
     except OSError as error:
         raise from_os_error(path, error) from error
     return decode_text(data, os.fspath(path)).removesuffix("\n")
+
+
+def read_limited(file: BinaryIO, name: str, most: int | None) -> bytes:
+    """All of a stream. Raises InputError when it has more than `most` bytes."""
+    data = file.read(-1 if most is None else most + 1)
+    if most is not None and len(data) > most:
+        raise InputError(
+            tr(
+                f"{name}: more than {most >> 20} MiB, which no context holds: give a shorter text",
+                f"{name}：超过 {most >> 20} MiB，任何上下文都放不下：请缩短",
+            )
+        )
+    return data
 
 
 def decode_argument(text: str) -> str:

@@ -75,6 +75,24 @@ def test_a_reader_of_stdout_that_has_gone_ends_the_command_quietly(verb: str, ti
     assert b"Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("verb", "redirections", "code", "words"),
+    [
+        ("run", "</dev/zero", 2, b"more than 64 MiB, which no context holds"),
+        ("run", "", 2, b"there is no prompt"),
+        ("run", "<&-", 2, b"there is no prompt"),
+        ("chat", "</dev/zero", 1, b"a line has no end"),
+        ("chat", "<&-", 0, b""),
+        ("run -f /dev/zero", "", 2, b"/dev/zero: more than 64 MiB"),
+    ],
+)
+def test_what_is_no_text_to_read(verb: str, redirections: str, code: int, words: bytes, tiny_cnl: Path) -> None:
+    found, out, err = shell(redirections, *verb.split(), "-m", tiny_cnl)
+    assert (found, out) == (code, b""), err
+    assert words in err
+    assert b"Traceback" not in err
+
+
 def test_a_broken_pipe_elsewhere_is_no_success(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

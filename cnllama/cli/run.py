@@ -10,16 +10,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cnllama.cli.options import add_model_options, add_sampling_options, describe, open_model, sampling_changes
-from cnllama.errors import InputError
+from cnllama.errors import InputError, os_errors_explained
 from cnllama.start import INTERRUPTED
 from cnllama.stdio import say, to_json
-from cnllama.textio import decode_argument, decode_text, read_text_file, tr
+from cnllama.textio import decode_argument, decode_text, read_limited, read_text_file, tr
 
 if TYPE_CHECKING:
     from cnllama.llm import LLM
     from cnllama.request import Completion, Stream
 
 HELP = tr("answer one prompt, streamed", "回答一个提示，流式输出")
+MOST_TEXT = 1 << 26  # bytes of a prompt
 PATIENCE = 2.0  # seconds that a prompt may take without a progress bar
 
 
@@ -101,8 +102,10 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return str(args.prompt)
     if args.file is not None:
-        return read_text_file(args.file)
-    piped = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+        return read_text_file(args.file, MOST_TEXT)
+    name = tr("standard input", "标准输入")
+    with os_errors_explained(name):
+        piped = b"" if sys.stdin.isatty() else read_limited(sys.stdin.buffer, name, MOST_TEXT)
     if not piped:
         raise InputError(
             tr(
@@ -110,7 +113,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
                 '没有提示：请用 -p "……"、-f 文件或管道输入',
             )
         )
-    return decode_text(piped, tr("standard input", "标准输入")).removesuffix("\n")
+    return decode_text(piped, name).removesuffix("\n")
 
 
 def _print_stream(stream: Stream, quiet: bool) -> bool:

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 
 from cnllama.cli.line_reader import LineReader
+from cnllama.errors import CnllamaError, from_os_error
 from cnllama.textio import decode_text, tr
 
 _PROMPT, _MORE = "> ", ". "
 _QUOTES = '"""'
+_LONGEST = 1 << 26  # bytes of a line
 
 
 class Turns:
@@ -25,7 +27,10 @@ class Turns:
         self._line: Callable[[str], bytes | None] = LineReader().read if self._typed else _piped
 
     def next(self) -> str | None:
-        """The next turn, None at the end. Raises InputError for bytes that are no text."""
+        """The next turn, None at the end.
+
+        Raises InputError for bytes that are no text, and CnllamaError where nothing can follow.
+        """
         turn = self._text(_PROMPT)
         if turn is None or not self._typed:
             return turn
@@ -49,5 +54,11 @@ class Turns:
 
 
 def _piped(_: str) -> bytes | None:
-    line: bytes = sys.stdin.buffer.readline()
+    name = tr("standard input", "标准输入")
+    try:
+        line: bytes = sys.stdin.buffer.readline(_LONGEST + 1)
+    except OSError as error:
+        raise CnllamaError(str(from_os_error(name, error))) from error
+    if len(line) > _LONGEST:
+        raise CnllamaError(tr(f"{name}: a line has no end", f"{name}：有一行没有结尾"))
     return line.removesuffix(b"\n").removesuffix(b"\r") if line else None

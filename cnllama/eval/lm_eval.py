@@ -24,6 +24,7 @@ from cnllama.eval.models import EngineScorer, Item
 from cnllama.eval.numerics import target_logprobs
 from cnllama.llm import LLM
 from cnllama.sampling import SamplingParams
+from cnllama.start import INTERRUPTED
 from cnllama.stdio import say
 from cnllama.templates import encode_chat
 
@@ -242,6 +243,9 @@ def main() -> None:
     except CnllamaError as error:
         say(f"cnllama: {error}", *error.details)
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say("cnllama: interrupted")
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":
