@@ -1,6 +1,6 @@
 import mmap
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -159,22 +159,20 @@ class Sampler:
 class MapGuard:
     """A watched map, itself a read-only buffer of its bytes: reading what was cut off the file gives zeros, not SIGBUS.
 
-    Arrays made of it keep the map alive.
+    Arrays made of it keep the map alive. Raises RuntimeError when thousands of maps are watched already.
     """
 
-    @overload
     def __init__(self, map: mmap.mmap) -> None: ...
-    @overload
-    def __init__(self, address: int, size: int, owner: object) -> None:
-        """A map that somebody else made; owner is kept alive."""
     damaged: bool
     """Whether a part was missing when it was read. All of it is zeros then."""
 
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+def guard_memory(address: int, size: int) -> MapGuard:
+    """The same for bytes of a map that somebody else made, and that must outlive the guard."""
 
 class HeldInterrupt:
     """A context in which Ctrl-C waits for its end, in the main thread."""
 
+    def __init__(self) -> None: ...
     def __enter__(self) -> None:
         """Raises what the handler raises, when Ctrl-C came before."""
 

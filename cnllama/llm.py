@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -113,12 +114,14 @@ class LLM:
         self.engine = self._open_engine(threads, kv_type, max_sequences)
         self.threads: int = self.engine.threads
         self.check_weights()
+        # Not methods of this object: it is freed, weights and all, when its last user lets it go.
+        check = self.file.check_unchanged if self.device == "cpu" else _nothing_to_check
         self._scheduler: Scheduler | None = Scheduler(
             self.engine,
             self._make_pool(max_sequences),
             self.engine if self.device == "cuda" else None,
-            check=self.check_weights,
-            explain=self._explain,
+            check=check,
+            explain=partial(_explain, self.path, check),
         )
         self._ends = self._end_tokens()
         self._silent = [i for i in range(self.tokenizer.pieces, self.vocab_size) if not self.tokenizer.has(i)]
@@ -263,14 +266,6 @@ class LLM:
     def _step(self) -> None:
         self._open_scheduler().step()
 
-    def _explain(self, error: Exception) -> CnllamaError:
-        """What the native code refuses in the middle of a run, as a sentence that names the file."""
-        try:
-            self.check_weights()  # zeros in place of what was cut off may be what it refuses
-        except FileChangedError as changed:
-            return changed
-        return CnllamaError(f"{self.path}: {error}; check the file with: cnllama verify {self.path}")
-
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
         if not isinstance(params, SamplingParams | None):
             raise InputError(f"the sampling parameters are {shown(params)}, expected SamplingParams")
@@ -352,6 +347,19 @@ class LLM:
         if self._scheduler is None:
             raise CnllamaError("this LLM was closed: open the file again")
         return self._scheduler
+
+
+def _nothing_to_check() -> None:
+    """For weights that were copied to a GPU."""
+
+
+def _explain(path: Path, check: Callable[[], None], error: Exception) -> CnllamaError:
+    """What the native code refuses in the middle of a run, as a sentence that names the file."""
+    try:
+        check()  # zeros in place of what was cut off may be what it refuses
+    except FileChangedError as changed:
+        return changed
+    return CnllamaError(f"{path}: {error}; check the file with: cnllama verify {path}")
 
 
 def _count(name: str, value: object, low: int, high: int) -> int:

@@ -61,7 +61,7 @@ class WatchedFile:
 
     def guard(self, address: int, size: int) -> None:
         """The same for a map that somebody else made of the file."""
-        self._guards.append(_core.MapGuard(address, size, None))
+        self._guards.append(_core.guard_memory(address, size))
 
     def check_unchanged(self, same: Callable[[], bool] | None = None) -> None:
         """Raises FileChangedError when the file is no longer the one that was opened: cut off or written to.

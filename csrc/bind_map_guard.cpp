@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <utility>
+#include <memory>
 
 #include "map_guard.hpp"
 
@@ -18,8 +18,8 @@ class MapGuard {
           begin_(buffer_.ptr),
           size_(buffer_.size * buffer_.itemsize),
           watch_(begin_, bytes()) {}
-    MapGuard(std::uintptr_t address, py::ssize_t size, py::object owner)
-        : owner_(std::move(owner)), begin_(reinterpret_cast<void*>(address)), size_(size), watch_(begin_, bytes()) {}
+    MapGuard(std::uintptr_t address, py::ssize_t size)
+        : begin_(reinterpret_cast<void*>(address)), size_(size), watch_(begin_, bytes()) {}
 
     py::buffer_info buffer() const {
         return {begin_, 1, py::format_descriptor<std::uint8_t>::format(), 1, {size_}, {1}, true};
@@ -29,7 +29,6 @@ class MapGuard {
  private:
     std::size_t bytes() const { return static_cast<std::size_t>(size_); }
 
-    py::object owner_;
     py::buffer_info buffer_;  // holds the map open
     void* begin_;
     py::ssize_t size_;
@@ -41,7 +40,10 @@ class MapGuard {
 void bind_map_guard(py::module_& module) {
     py::class_<MapGuard>(module, "MapGuard", py::buffer_protocol())
         .def(py::init<const py::buffer&>(), py::arg("map"))
-        .def(py::init<std::uintptr_t, py::ssize_t, py::object>(), py::arg("address"), py::arg("size"), py::arg("owner"))
         .def_buffer(&MapGuard::buffer)
         .def_property_readonly("damaged", &MapGuard::damaged);
+    module.def(
+        "guard_memory",
+        [](std::uintptr_t address, py::ssize_t size) { return std::make_unique<MapGuard>(address, size); },
+        py::arg("address"), py::arg("size"));
 }

@@ -60,5 +60,5 @@ void bind_signals(py::module_& module) {
     py::class_<HeldInterrupt>(module, "HeldInterrupt")
         .def(py::init<>())
         .def("__enter__", &HeldInterrupt::enter)
-        .def("__exit__", &HeldInterrupt::exit);
+        .def("__exit__", &HeldInterrupt::exit, py::arg("kind"), py::arg("error"), py::arg("traceback"));
 }

@@ -190,15 +190,13 @@ def test_only_what_the_engine_refuses_blames_the_file(llm: LLM) -> None:
         return Request([1], SamplingParams(), llm.tokenizer.stream(), limit=9, ends=frozenset(), banned=[], stop=[])
 
     engine: Any = Engine()
-    scheduler = Scheduler(engine, SlotPool(engine, 1), explain=llm._explain)
+    scheduler = Scheduler(engine, SlotPool(engine, 1), explain=lambda error: CnllamaError(f"{error}; check the file"))
     first, second = request(), request()
     scheduler.add(first, 9)
     scheduler.add(second, 9)
     for waiting in (first, second):
         stream = Stream(scheduler.step, waiting)
-        with pytest.raises(
-            CnllamaError, match=r"the logit of token 0 is not a number; check the file with: cnllama ver"
-        ):
+        with pytest.raises(CnllamaError, match="the logit of token 0 is not a number; check the file"):
             next(stream)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -32,7 +33,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but a text may begin with a dash where it cannot be an option."""
-        return super().parse_known_args(list(self._with_texts_joined(iter(args or ()))), namespace)
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(self._with_texts_joined(iter(given))), namespace)
 
     def _with_texts_joined(self, arguments: Iterator[str]) -> Iterator[str]:
         """`-p -1+1` becomes `--prompt=-1+1`."""
