@@ -32,7 +32,7 @@ from peers.session import Session, Settings
 
 from cnllama import bench
 from cnllama.bench import Measure
-from cnllama.cli.main import Parser
+from cnllama.cli.parser import Parser
 from cnllama.errors import CnllamaError, InputError, os_errors_explained
 from cnllama.plan import available_memory
 from cnllama.textio import count_chinese, read_text_file

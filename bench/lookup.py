@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from cnllama import LLM, SamplingParams, _core
-from cnllama.llm import Stream
+from cnllama.request import Stream
 
 TEXT = (Path(__file__).resolve().parent / "sample_text.txt").read_text(encoding="utf-8").splitlines()
 PASSAGE, OTHER = "\n".join(TEXT[:11]), "\n".join(TEXT[14:24])

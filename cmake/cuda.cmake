@@ -50,7 +50,7 @@ endif()
 
 file(GLOB CNLLAMA_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
 pybind11_add_module(_cuda NO_EXTRAS ${CNLLAMA_CUDA_SOURCES} csrc/model.cpp csrc/rope.cpp csrc/kv_cache.cpp
-  csrc/bind_model.cpp)
+  csrc/bind_model.cpp csrc/fork.cpp)
 target_include_directories(_cuda PRIVATE csrc)
 target_link_libraries(_cuda PRIVATE CUDA::cudart_static Threads::Threads)
 set_target_properties(_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static

@@ -8,12 +8,13 @@ for piece in llm.stream("写一首关于春天的诗", temperature=0.7): print(p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # not imported from typing: until start.py runs, an interrupt is a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from cnllama.errors import CnllamaError, InputError
-    from cnllama.llm import LLM, Stream
-    from cnllama.request import Completion, TokenLogprob, Usage
+    from cnllama.llm import LLM
+    from cnllama.request import Completion, Stream, TokenLogprob, Usage
     from cnllama.sampling import SamplingParams
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "llm",
-    "Stream": "llm",
+    "Stream": "request",
     "SamplingParams": "sampling",
     "Completion": "request",
     "TokenLogprob": "request",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes `python -m cnllama` the command line."""
 
-from cnllama.cli.main import main
+from cnllama.start import main
 
 raise SystemExit(main())

@@ -1,3 +1,4 @@
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,3 +155,25 @@ class Sampler:
 
     def needed(self, banned: int) -> int:
         """How many of the largest logits decide the next token when as many ids are banned; 0: all of them."""
+
+class MapGuard:
+    """A watched map, itself a read-only buffer of its bytes: reading what was cut off the file gives zeros, not SIGBUS.
+
+    Arrays made of it keep the map alive. Raises RuntimeError when thousands of maps are watched already.
+    """
+
+    def __init__(self, map: mmap.mmap) -> None: ...
+    damaged: bool
+    """Whether a part was missing when it was read. All of it is zeros then."""
+
+def guard_memory(address: int, size: int) -> MapGuard:
+    """The same for bytes of a map that somebody else made, and that must outlive the guard."""
+
+class HeldInterrupt:
+    """A context in which Ctrl-C waits for its end, in the main thread."""
+
+    def __init__(self) -> None: ...
+    def __enter__(self) -> None:
+        """Raises what the handler raises, when Ctrl-C came before."""
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None: ...

@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +17,9 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cnllama.errors import InputError, from_os_error
-from cnllama.files import Output, open_regular, read_bytes
+from cnllama.errors import InputError
+from cnllama.files import Output, read_bytes
+from cnllama.mapped import WatchedFile
 from cnllama.signatures import HEAD, what_it_is
 from cnllama.space import check_space
 
@@ -80,18 +81,6 @@ def is_number(value: object) -> bool:
     return abs(value) <= sys.float_info.max
 
 
-def map_file(path: Path) -> tuple[mmap.mmap, int]:
-    """A read-only map of the whole file and its size in bytes. Raises InputError for what is no readable file."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise InputError(f"{path}: the file is empty; its download or conversion was cut off, make it again")
-        try:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), size
-        except OSError as error:
-            raise from_os_error(path, error) from None
-
-
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a safetensors file; begin and end count from the start of the file, in bytes."""
@@ -111,7 +100,9 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str], max_header: int = MAX_HEADER_BYTES) -> None:
         self.path = Path(path)
-        self._map, self.size = map_file(self.path)
+        self._file = WatchedFile(path)
+        self._map, self.bytes = self._file.map()
+        self.size = self._file.size
         self.header = self._read_header(max_header)
         self.data_begin = 8 + len(self.header)
         table = parse_json(self.header, f"{self.path}: the header")
@@ -120,10 +111,13 @@ class SafetensorsFile:
         self.metadata = self._check_metadata(table.pop("__metadata__", {}))
         self.entries = {name: self._check_entry(name, info) for name, info in table.items()}
         self._check_cover()
-        self.bytes: Bytes = np.frombuffer(self._map, np.uint8)
+
+    def check_unchanged(self, same: Callable[[], bool] | None = None) -> None:
+        """Raises FileChangedError when the file was written to since it was opened; see WatchedFile."""
+        self._file.check_unchanged(same)
 
     def view(self, name: str) -> Bytes:
-        """The bytes of a tensor: a read-only uint8 view of the map."""
+        """The bytes of a tensor: a read-only uint8 view of the map. What they say is certain after check_unchanged."""
         entry = self.entries[name]
         return self.bytes[entry.begin : entry.end]
 
@@ -146,12 +140,12 @@ class SafetensorsFile:
         raise InputError(f"{self.path}: {found}; {mend}")
 
     def _read_header(self, max_header: int) -> bytes:
-        start = self._map[:8]
+        start = self.bytes[:8].tobytes()
         if self.size < 10:
             self.refuse(f"the file has {self.size} bytes, too few for any safetensors file", "make it again")
         length = int.from_bytes(start, "little")
-        if not 2 <= length <= max_header or self._map[8:9] != b"{":
-            contents = what_it_is(self._map[:HEAD])
+        if not 2 <= length <= max_header or self.bytes[8] != ord("{"):
+            contents = what_it_is(self.bytes[:HEAD].tobytes())
             if contents is not None:
                 self.refuse(f"this is {contents.what}, expected a safetensors file", contents.mend)
             self.refuse(f"it begins with {start!r}, which starts no safetensors header", "expected a safetensors file")
@@ -160,7 +154,9 @@ class SafetensorsFile:
                 f"the header is {length:,} bytes long but the file ends after {self.size:,}",
                 "it was cut off, get it again",
             )
-        return self._map[8 : 8 + length]
+        header = self.bytes[8 : 8 + length].tobytes()
+        self.check_unchanged()
+        return header
 
     def _check_metadata(self, value: object) -> dict[str, str]:
         if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):

@@ -5,31 +5,52 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates escaped: it may come from a stranger's file."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """`text` as one line that a terminal only shows: it may come from a stranger's file, or be its name.
+
+    Escaped are control characters (line breaks and ESC among them), the separators of lines and paragraphs, what turns
+    the direction of writing, what has no width or no meaning, and bytes of a name that are no text, as \\xNN. The space
+    of Chinese text, U+3000, stays.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\u3000" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # what Python makes of an undecodable byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 class CnllamaError(Exception):
     """The work failed: a full disk, a machine that is too small, a file that changed while it was read.
 
-    Messages may quote files, so all but line breaks is made printable.
+    message: one sentence; it may quote files, so it is made printable. details: lines that the command line prints
+    below it, a table for instance; each of them is made printable.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__("\n".join(map(printable, message.split("\n"))))
+    def __init__(self, message: str = "", details: Iterable[str] = ()) -> None:
+        super().__init__(printable(message))
+        self.details = [printable(line) for line in details]
+        if self.details:
+            self.__notes__ = self.details  # Python 3.11 and later show them in a traceback
 
 
 class InputError(CnllamaError):
     """The user's input is wrong. The message names the file, the value found, the value expected and the mend."""
 
     exit_code = 2
+
+
+class FileChangedError(CnllamaError):
+    """A file is no longer the one that was opened; nothing more can be read from it."""
 
 
 _INPUT_ERRORS = {

@@ -109,6 +109,19 @@ class CnlFile:
         entry = self.tensors[TOKENIZER]
         return entry.data[: entry.rows].tobytes()
 
+    def check_unchanged(self) -> None:
+        """Raises FileChangedError when the file is no longer the one that was opened. What was read until now is sound
+        otherwise. Where only the time of its last change is another, its content is hashed again.
+        """
+        self._file.check_unchanged(self._content_is_the_same)
+
+    def _content_is_the_same(self) -> bool:
+        content = hashlib.sha256()
+        for chunk in self.data_chunks():
+            content.update(chunk.data)
+        same = self._file.bytes[8 : self._file.data_begin].tobytes() == self._file.header
+        return same and content.hexdigest() == self.fingerprint["content_sha256"]
+
     def engine_tensors(self) -> dict[str, tuple[Bytes, str, int, int]]:
         """Name -> (bytes, scheme, rows, cols) of every tensor the engine reads."""
         return {name: (t.data, t.scheme, t.rows, t.cols) for name, t in self.tensors.items() if t.scheme != "raw"}

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,21 +15,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnllama.device import choose, engine_class, gpu_memory, step_tokens
-from cnllama.errors import CnllamaError, InputError
+from cnllama.errors import CnllamaError, FileChangedError, InputError
 from cnllama.format import open_cnl
 from cnllama.plan import Plan, make_plan, refuse_unless_fits, trained_length
-from cnllama.request import Completion, Request
+from cnllama.prompts import Prompt, read_ids, read_prompt, read_prompts, read_text
+from cnllama.request import Completion, Request, Stream
 from cnllama.sampling import SamplingParams, file_defaults
 from cnllama.scheduler import Scheduler, SlotPool
 from cnllama.templates import Message, Template, encode_chat, get_template
 from cnllama.textio import tr
 from cnllama.tokenizer import Tokenizer
+from cnllama.values import integer, real, shown
 
 if TYPE_CHECKING:
     from cnllama import _core
 
-Prompt = str | Sequence[int] | Sequence[Message]
 Progress = Callable[[int, int], None]
+
+MAX_THREADS = 1024
 
 
 def bundled_model() -> Path:
@@ -46,38 +48,6 @@ def bundled_model() -> Path:
             )
         )
     return found[0]
-
-
-class Stream(Iterator[str]):
-    """The pieces of an answer as they come; `completion` has the result, so far or whole."""
-
-    def __init__(self, step: Callable[[], None], request: Request) -> None:
-        self._step = step
-        self._request = request
-
-    def __next__(self) -> str:
-        request = self._request
-        while True:
-            text = request.take()
-            if text:
-                return text
-            if request.error is not None:
-                raise CnllamaError(f"the request was ended: {request.error!r}") from request.error
-            if request.finished:
-                raise StopIteration
-            self._step()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops generating. What came so far stays in `completion`."""
-        self._request.cancel()
-
-    @property
-    def completion(self) -> Completion:
-        """The result so far; the whole one when the stream has ended."""
-        return self._request.completion()
 
 
 class LLM:
@@ -108,6 +78,10 @@ class LLM:
         device: str = "cpu",
     ) -> None:
         begin = time.perf_counter()
+        threads = _count("threads", threads, 0, MAX_THREADS)
+        for name, value in (("kv_type", kv_type), ("template", template), ("device", device)):
+            if not isinstance(value, str) and (name != "template" or value is not None):
+                raise InputError(f"{name} is {shown(value)}, expected a name")
         if speculate not in (None, "lookup"):
             raise InputError(
                 tr(
@@ -117,7 +91,7 @@ class LLM:
             )
         self.speculate = speculate
         self.device = choose(device)
-        self.path = Path(path) if path is not None else bundled_model()
+        self.path = _path(path) if path is not None else bundled_model()
         self.file = open_cnl(self.path)
         self.vocab_size: int = self.file.vocab_size
         self.template: Template = get_template(template or self.file.template)
@@ -136,8 +110,15 @@ class LLM:
         self._warn_long_context()
         self.engine = self._open_engine(threads, kv_type, max_sequences)
         self.threads: int = self.engine.threads
+        self.check_weights()
+        # Not methods of this object: it is freed, weights and all, when its last user lets it go.
+        check = self.file.check_unchanged if self.device == "cpu" else _nothing_to_check
         self._scheduler: Scheduler | None = Scheduler(
-            self.engine, self._make_pool(max_sequences), self.engine if self.device == "cuda" else None
+            self.engine,
+            self._make_pool(max_sequences),
+            self.engine if self.device == "cuda" else None,
+            check=check,
+            explain=partial(_explain, self.path, check),
         )
         self._ends = self._end_tokens()
         self._silent = [i for i in range(self.tokenizer.pieces, self.vocab_size) if not self.tokenizer.has(i)]
@@ -171,8 +152,9 @@ class LLM:
         prompts: several, or one of them alone. params: one for all, or one for each. See `stream` for the rest. The
         tokens do not depend on what runs together.
         """
-        batch: list[Prompt] = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
-        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        batch = read_prompts(prompts)
+        single = params is None or isinstance(params, SamplingParams) or not isinstance(params, Iterable)
+        each: list[Any] = [params] * len(batch) if single else list(params)  # type: ignore[arg-type]
         if len(each) != len(batch):
             raise InputError(f"there are {len(batch)} prompts and {len(each)} sampling parameters")
         settled = [self._params(p, changes) for p in each]
@@ -207,33 +189,45 @@ class LLM:
             raise InputError("there are no token ids: give at least one")
         self._check_length(len(tokens))
         out = np.empty((len(tokens), self.vocab_size), np.float32)
-        with _one_sentence(self.path):
-            self._open_scheduler().all_logits(tokens, out)
+        self._open_scheduler().all_logits(tokens, out)
         out[:, self._silent] = -np.inf
         return out
 
     def tokenize(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
         """Ids of a text; see Tokenizer.encode."""
-        return self.tokenizer.encode(text, bos, eos, special)
+        return self.tokenizer.encode(read_text(text), bos, eos, special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ids; see Tokenizer.decode."""
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.decode(read_ids(ids))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The ids that `stream` runs for a prompt."""
-        if isinstance(prompt, str):
-            return encode_chat(self.template, self.tokenizer, [{"role": "user", "content": prompt}])
-        if _is_messages(prompt):
-            return encode_chat(self.template, self.tokenizer, prompt)  # type: ignore[arg-type]
-        return self._check_ids(prompt)  # type: ignore[arg-type]
+        return self._read(prompt)[0]
+
+    def _read(self, prompt: Prompt) -> tuple[list[int], bool]:
+        """(ids, whether they come out of the template)."""
+        found = read_prompt(prompt)
+        messages: Sequence[Message] | None = None
+        if isinstance(found, str):
+            messages = [{"role": "user", "content": found}]
+        elif found and isinstance(found[0], Mapping):
+            messages = found
+        if messages is not None:
+            return encode_chat(self.template, self.tokenizer, messages), True
+        return self._check_ids(found), False
+
+    def check_weights(self) -> None:
+        """Raises FileChangedError when the weights are no longer those that were opened. On a GPU they are a copy."""
+        if self.device == "cpu":
+            self.file.check_unchanged()
 
     def close(self) -> None:
         """Frees the cache and the threads. Requests that still run end with an error."""
         if self._scheduler is not None:
-            self._scheduler.abort(CnllamaError("this LLM was closed"))
+            self._scheduler.close()  # waits for a step of another thread
             self._scheduler = None
-            del self.engine
+            self.__dict__.pop("engine", None)
 
     def __enter__(self) -> LLM:
         return self
@@ -244,8 +238,11 @@ class LLM:
         self.close()
 
     def _request(self, prompt: Prompt, params: SamplingParams, progress: Progress | None) -> Request:
-        templated = isinstance(prompt, str) or _is_messages(prompt)
-        ids = self.prompt_ids(prompt)
+        ids, templated = self._read(prompt)
+        if progress is not None and not callable(progress):
+            raise InputError(f"progress is {shown(progress)}, expected a function of two integers")
+        if params.logprobs is not None and params.logprobs > self.vocab_size:
+            raise InputError(f"logprobs is {params.logprobs}, over the {self.vocab_size} tokens of the vocabulary")
         if not ids:
             raise InputError("the prompt is empty and the model puts no token before it: give some text")
         self._check_length(len(ids))
@@ -269,12 +266,13 @@ class LLM:
         return request
 
     def _step(self) -> None:
-        with _one_sentence(self.path):
-            self._open_scheduler().step()
+        self._open_scheduler().step()
 
     def _params(self, params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+        if not isinstance(params, SamplingParams | None):
+            raise InputError(f"the sampling parameters are {shown(params)}, expected SamplingParams")
         if params is None:
-            greedy = changes.get("temperature") == 0
+            greedy = real(changes.get("temperature")) == 0
             if not greedy:
                 self._warn_unusable_defaults(changes)
             params = SamplingParams(max_tokens=self.defaults.max_tokens) if greedy else self.defaults
@@ -339,11 +337,8 @@ class LLM:
                 )
             )
 
-    def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        try:
-            tokens = [operator.index(i) for i in ids]
-        except TypeError as error:
-            raise InputError(f"a prompt is text, messages or token ids, not {ids!r:.60}") from error
+    def _check_ids(self, ids: Any) -> list[int]:
+        tokens = read_ids(ids)
         bad = next((i for i in tokens if not 0 <= i < self.vocab_size), None)
         if bad is not None:
             raise InputError(f"token id {bad} is outside the vocabulary, 0 to {self.vocab_size - 1}")
@@ -355,21 +350,27 @@ class LLM:
         return self._scheduler
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether it is a single prompt: text, or a sequence that begins with a message or a token id."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping | int | np.integer))
+def _nothing_to_check() -> None:
+    """For weights that were copied to a GPU."""
 
 
-def _is_messages(prompt: Prompt) -> bool:
-    return (
-        not isinstance(prompt, str) and isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
-    )
-
-
-@contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
-    """What the native code refuses in the middle of a run, as a CnllamaError that names the file."""
+def _explain(path: Path, check: Callable[[], None], error: Exception) -> CnllamaError:
+    """What the native code refuses in the middle of a run, as a sentence that names the file."""
     try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise CnllamaError(f"{path}: {error}; check the file with: cnllama verify {path}") from error
+        check()  # zeros in place of what was cut off may be what it refuses
+    except FileChangedError as changed:
+        return changed
+    return CnllamaError(f"{path}: {error}; check the file with: cnllama verify {path}")
+
+
+def _count(name: str, value: object, low: int, high: int) -> int:
+    count = integer(value)
+    if count is None or not low <= count <= high:
+        raise InputError(f"{name} is {shown(value)}, expected an integer from {low} to {high:,}")
+    return count
+
+
+def _path(path: object) -> Path:
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise InputError(f"the model is {shown(path)}, expected the path of a .cnl file")
+    return Path(os.fsdecode(path))

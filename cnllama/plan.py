@@ -11,6 +11,7 @@ from typing import Any
 
 from cnllama.errors import InputError
 from cnllama.textio import tr
+from cnllama.values import integer, shown
 
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 64
@@ -99,9 +100,8 @@ def make_plan(
     """
     if kv_type not in KV_TYPES:
         raise InputError(f"the cache type is {kv_type!r}: choose {' or '.join(KV_TYPES)}")
-    for name, value in (("context", context), ("number of sequences", sequences)):
-        if value is not None and not 1 <= value <= 1 << 24:
-            raise InputError(f"the {name} is {value}, expected an integer from 1 to {1 << 24:,}")
+    context = None if context is None else _count("context", context)
+    sequences = _count("number of sequences", sequences)
     available = available or available_memory()
     per_token = kv_bytes_per_token(config, kv_type)
     scratch = scratch_bytes(config)
@@ -113,6 +113,13 @@ def make_plan(
             context = min(context, fitting)
     pages = -(-context // PAGE) * sequences
     return Plan(context, sequences, kv_type, weights, pages * PAGE * per_token, per_token, scratch, available, fitting)
+
+
+def _count(name: str, value: object) -> int:
+    found = integer(value)
+    if found is None or not 1 <= found <= 1 << 24:
+        raise InputError(f"the {name} is {shown(value)}, expected an integer from 1 to {1 << 24:,}")
+    return found
 
 
 def refuse_unless_fits(plan: Plan, path: str | os.PathLike[str]) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,12 +124,15 @@ class StopMatcher:
 class Request:
     """A prompt and what has been generated for it.
 
+    One thread, that of the caller, takes what another one, which runs the step, puts in. No lock is needed: what is put
+    in is there before the mark that says so, and each mark is read before what it stands for.
+
     `pending` are the tokens that the cache does not hold yet: first the prompt, later the token chosen last. Whoever
     runs them, with a beginning of `draft` or without, calls `advance` with the logits.
 
     prompt: ids, at least one. limit: tokens that may be generated. ends: ids that end the text. banned: ids that can
-    never be chosen. stop: strings that end it. progress: called with (prompt tokens done, all of them). speculate:
-    whether to draft.
+    never be chosen. stop: strings that end it. progress: called by `report` with (prompt tokens done, all of them).
+    speculate: whether to draft.
     """
 
     def __init__(
@@ -151,7 +155,8 @@ class Request:
         self.output: list[int] = []
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
-        self.progress = progress
+        self._progress = progress
+        self._done: deque[int] = deque()  # of the prompt, not reported yet
         self.seed = int.from_bytes(os.urandom(8), "little") >> 1 if params.seed is None else params.seed
         self._limit = limit
         self._ends = ends
@@ -160,7 +165,8 @@ class Request:
         self._decoder = decoder
         self._matcher = StopMatcher(stop)
         self._text: list[str] = []
-        self._taken = 0
+        self._new: deque[str] = deque()  # of it, not taken yet
+        self._cancelled = False
         self._logprobs: list[TokenLogprob] = []
         self._begin = self._first = self._end = time.perf_counter()
         self._steps = self._chosen = self._drafted = self._accepted = 0
@@ -182,12 +188,11 @@ class Request:
     @property
     def finished(self) -> bool:
         """Whether nothing more will come."""
-        return self.finish_reason is not None or self.error is not None
+        return self.finish_reason is not None or self.error is not None or self._cancelled
 
     def cancel(self) -> None:
         """Ends it where it is. The scheduler drops it before its next step."""
-        if not self.finished:
-            self.finish_reason = "length"
+        self._cancelled = True
 
     def start(self, cached_tokens: int) -> None:
         """The first `cached_tokens` of the prompt are in the cache already."""
@@ -195,6 +200,21 @@ class Request:
         self.pending = self.prompt[cached_tokens:]
         self._begin = self._first = self._end = time.perf_counter()
         self._lookup = Lookup(self.prompt) if self._speculate else None
+
+    def ran(self, tokens: int) -> None:
+        """The cache holds so many more of the pending tokens."""
+        self.pending = self.pending[tokens:]
+        if self._progress is not None and not self.output:
+            self._done.append(len(self.prompt) - len(self.pending))
+
+    def report(self) -> None:
+        """Calls `progress` for what ran since the last call.
+
+        This is in the caller's own thread and holds no lock: what it raises is the caller's own, and what it calls
+        finds nothing half done.
+        """
+        while self._done and self._progress is not None:
+            self._progress(self._done.popleft(), len(self.prompt))
 
     def draft(self) -> Draft:
         """What probably follows the pending token, at most as much as may still be generated."""
@@ -250,8 +270,7 @@ class Request:
         stopped = False
         if len(self.output) > self.params.min_tokens:
             text, stopped = self._matcher.feed(text)
-        if text:
-            self._text.append(text)
+        self._put(text)
         if stopped:
             self._finish("stop")
         elif len(self.output) >= self._limit:
@@ -260,9 +279,10 @@ class Request:
 
     def take(self) -> str:
         """The text that has come since the last call."""
-        new = "".join(self._text[self._taken :])
-        self._taken = len(self._text)
-        return new
+        new = []
+        while self._new:
+            new.append(self._new.popleft())
+        return "".join(new)
 
     def completion(self) -> Completion:
         """The result so far; the whole one when finished. A request that was cancelled is cut ("length")."""
@@ -282,8 +302,50 @@ class Request:
         )
 
     def _finish(self, reason: str) -> None:
-        held = self._decoder.finish() + self._matcher.flush()
-        if held:
-            self._text.append(held)
+        self._put(self._decoder.finish() + self._matcher.flush())
         self._lookup = None
-        self.finish_reason = reason
+        self.finish_reason = reason  # last: whoever sees it finds all of the text
+
+    def _put(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self._new.append(text)
+
+
+class Stream(Iterator[str]):
+    """The pieces of an answer as they come; `completion` has the result, so far or whole."""
+
+    def __init__(self, step: Callable[[], None], request: Request) -> None:
+        self._step = step
+        self._request = request
+
+    def __next__(self) -> str:
+        request = self._request
+        try:
+            while True:
+                ended = request.finished  # asked first: another thread may put in the last text and end it meanwhile
+                request.report()
+                text = request.take()
+                if text:
+                    return text
+                if ended:
+                    break
+                self._step()
+        except BaseException:
+            request.cancel()  # an error of the caller's own callback, or Ctrl-C: the other requests go on
+            raise
+        if request.error is not None:
+            raise request.error
+        raise StopIteration
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops generating. What came so far stays in `completion`."""
+        self._request.cancel()
+
+    @property
+    def completion(self) -> Completion:
+        """The result so far; the whole one when the stream has ended."""
+        return self._request.completion()

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cnllama.errors import InputError
+from cnllama.values import integer, real, shown, truth
+
+_LARGEST = 2**63 - 1
 
 # generation_config.json's names, which are those of a .cnl's `generation` metadata, and SamplingParams'.
 GENERATION_NAMES = {
@@ -20,7 +23,7 @@ GENERATION_NAMES = {
     "max_new_tokens": "max_tokens",
 }
 _OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-_LARGEST_COUNT, _LARGEST = 2**31 - 1, 1e6
+_LARGEST_COUNT, _LARGEST_DEFAULT = 2**31 - 1, 1e6
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class SamplingParams:
     (0: all), top_p, min_p, temperature, draw. seed None: a random one, reported in the result. max_tokens None: until
     the context is full. stop: strings that end the text, which is cut before them. stop_token_ids: ids that end it
     besides the model's end tokens. ignore_eos: the model's end tokens end nothing. logprobs: None, or how many of the
-    most likely tokens to report besides the chosen one. Raises InputError for a value outside its range.
+    most likely tokens to report besides the chosen one. NumPy's scalars are numbers, too. Raises InputError for a value
+    outside its range.
     """
 
     temperature: float = 0.0
@@ -50,9 +54,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", _tuple("stop", stop, str))
-        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, int))
+        object.__setattr__(self, "stop", _texts("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         _number(self, "temperature", low=0)
         _number(self, "top_p", above=0, high=1)
         _number(self, "min_p", low=0, high=1)
@@ -60,9 +63,12 @@ class SamplingParams:
         _integer(self, "top_k", low=0)
         _integer(self, "repeat_last_n", low=-1)
         _integer(self, "min_tokens", low=0)
-        for name, high in (("seed", 2**64 - 1), ("max_tokens", None), ("logprobs", 1000)):
+        for name, high in (("seed", 2**64 - 1), ("max_tokens", _LARGEST), ("logprobs", 1000)):
             if getattr(self, name) is not None:
                 _integer(self, name, low=0, high=high)
+        if truth(self.ignore_eos) is None:
+            raise InputError(f"ignore_eos is {shown(self.ignore_eos)}, expected True or False")
+        object.__setattr__(self, "ignore_eos", truth(self.ignore_eos))
         if any(not text for text in self.stop):
             raise InputError("a stop string is empty: leave it out")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -104,7 +110,7 @@ def _default(key: str, value: object) -> dict[str, Any]:
     if value is None:
         return {key: _OFF[key]} if key in _OFF else {}
     if number is None:
-        raise InputError(f"{key} is {value!r:.40}, expected a number")
+        raise InputError(f"{key} is {shown(value)}, expected a number")
     if key == "max_new_tokens":
         return {} if number in (-1, 0) or number > _LARGEST_COUNT else {key: number}
     if key == "top_k" and (number == -1 or number > _LARGEST_COUNT):
@@ -113,8 +119,8 @@ def _default(key: str, value: object) -> dict[str, Any]:
         return {"top_k": 1}  # only the most likely token is left, as in transformers
     if key == "repetition_penalty" and number == 0:
         return {key: 1.0}
-    if abs(number) > _LARGEST and not (key == "top_k" and number > 0):
-        raise InputError(f"{key} is {value!r:.40}, expected at most {_LARGEST:,.0f}")
+    if abs(number) > _LARGEST_DEFAULT and not (key == "top_k" and number > 0):
+        raise InputError(f"{key} is {shown(value)}, expected at most {_LARGEST_DEFAULT:,.0f}")
     return {key: number}
 
 
@@ -140,15 +146,31 @@ def file_defaults(template: Mapping[str, Any], generation: Mapping[str, Any]) ->
     return SamplingParams(**{**template, **named}), problems
 
 
-def _tuple(name: str, values: Iterable[Any], kind: type) -> tuple[Any, ...]:
-    try:
-        items = tuple(values)
-    except TypeError:
-        items = (values,)
+def _texts(name: str, values: Any) -> tuple[str, ...]:
+    items = _items(values)
     for item in items:
-        if not isinstance(item, kind) or isinstance(item, bool):
-            raise InputError(f"{name} holds {item!r}, expected {'text' if kind is str else 'token ids'}")
-    return items
+        if not isinstance(item, str):
+            raise InputError(f"{name} holds {shown(item)}, expected text")
+    return tuple(map(str.__str__, items))
+
+
+def _ids(name: str, values: Any) -> tuple[int, ...]:
+    items = _items(values)
+    ids = tuple(i for i in map(integer, items) if i is not None)
+    if len(ids) < len(items):
+        wrong = next(item for item in items if integer(item) is None)
+        raise InputError(f"{name} holds {shown(wrong)}, expected token ids")
+    return ids
+
+
+def _items(values: Any) -> tuple[Any, ...]:
+    """Several values, or a single one."""
+    if isinstance(values, str | bytes | Mapping):
+        return (values,)
+    try:
+        return tuple(values)
+    except TypeError:
+        return (values,)
 
 
 def _number(
@@ -158,18 +180,19 @@ def _number(
     above: float | None = None,
     high: float | None = None,
 ) -> None:
-    value = getattr(params, name)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
-    good = good and (low is None or value >= low) and (above is None or value > above)
-    good = good and (high is None or value <= high)
-    if not good:
+    value = real(getattr(params, name))
+    good = value is not None and (low is None or value >= low) and (above is None or value > above)
+    if not good or value is None or (high is not None and value > high):
         ranges = [f"at least {low:g}" if low is not None else f"over {above:g}" if above is not None else ""]
         ranges += [f"at most {high:g}"] if high is not None else []
-        raise InputError(f"{name} is {value!r}, expected a number {' and '.join(r for r in ranges if r)}")
+        expected = " and ".join(r for r in ranges if r)
+        raise InputError(f"{name} is {shown(getattr(params, name))}, expected a number {expected}")
+    object.__setattr__(params, name, value)
 
 
-def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:
-    value = getattr(params, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        limit = f" and at most {high}" if high is not None else ""
-        raise InputError(f"{name} is {value!r}, expected an integer, at least {low}{limit}")
+def _integer(params: SamplingParams, name: str, low: int, high: int = _LARGEST) -> None:
+    value = integer(getattr(params, name))
+    if value is None or not low <= value <= high:
+        limit = f" and at most {high}" if high != _LARGEST else ""
+        raise InputError(f"{name} is {shown(getattr(params, name))}, expected an integer, at least {low}{limit}")
+    object.__setattr__(params, name, value)

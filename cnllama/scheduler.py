@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from cnllama._core import HeldInterrupt
+from cnllama.errors import CnllamaError
 from cnllama.lookup import StepCosts, worth_running
 from cnllama.request import Largest, Request
 
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from cnllama._core import Engine, FloatArray, IntArray
 
 Entry = tuple[int, "IntArray", bool]
+_CLOSED = "this LLM was closed: open the file again"
 
 
 class TopEngine(Protocol):
@@ -111,56 +117,102 @@ class Part:
 class Scheduler:
     """Runs requests, several in one step. Every method may be called from any thread.
 
-    top: the engine again, if it can bring the largest logits alone: it is asked for them where they decide.
+    top: the engine again, if it can bring the largest logits alone: it is asked for them where they decide. check:
+    called after every step of the engine; raises when its logits may not be used. explain: makes an error for people of
+    what the engine or a sampler refused.
+
+    A step runs the requests of all callers, in the thread of the one who needed it first. So nothing of a caller is
+    called here (a request reports to its own caller), Ctrl-C waits until the step is whole,
+    and what goes wrong becomes the error of those requests it belongs to.
     """
 
-    def __init__(self, engine: Engine, pool: SlotPool, top: TopEngine | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        pool: SlotPool,
+        top: TopEngine | None = None,
+        *,
+        check: Callable[[], None] = lambda: None,
+        explain: Callable[[Exception], Exception] = lambda error: error,
+    ) -> None:
         self._engine = engine
         self._top = top
         self._pool = pool
+        self._check = check
+        self._explain = explain
         self._waiting: deque[tuple[Request, int]] = deque()
         self._running: dict[Request, Slot] = {}
         self._costs = StepCosts()
+        self._closed = False
         self._lock = threading.RLock()
+        with _registry:
+            _living[next(_numbers)] = self
 
     def add(self, request: Request, length: int) -> None:
         """Queues a request that is planned to reach `length` positions."""
         with self._lock:
+            self._refuse_closed()
             self._waiting.append((request, length))
 
     def step(self) -> None:
-        """Admits, runs and advances. After an exception no request is left, and the caches are sound."""
-        with self._lock:
+        """Admits, runs and advances. Raises nothing that belongs to a request: that becomes its error."""
+        with self._lock, HeldInterrupt():
+            if self._closed:
+                return  # its requests have ended
+            self._admit()
+            batch = self._next_batch()
             try:
-                self._admit()
-                batch = self._next_batch()
                 if batch:
                     self._advance(batch, self._run(batch))
+            except Exception as error:  # of the engine, which ran all of them, or none
+                for part in batch:
+                    self._end(part.request, self._explained(error))
             except BaseException as error:
-                self.abort(error)
+                for part in batch:
+                    self._end(part.request, error)
                 raise
 
-    def abort(self, error: BaseException) -> None:
-        """Ends every request with `error`; their caches stay for the next ones."""
+    def close(self) -> None:
+        """Ends every request with an error; no other can follow."""
         with self._lock:
+            self._closed = True
             for request in [*self._running, *(request for request, _ in self._waiting)]:
-                request.error = request.error or error
-            self._running.clear()
+                self._end(request, CnllamaError(_CLOSED))
             self._waiting.clear()
 
     def all_logits(self, ids: Sequence[int], out: FloatArray) -> None:
         """Fills out float32 [len(ids), vocab_size] with the logits of every position.
 
-        Running requests are advanced until a slot is free.
+        Running requests are advanced until a slot is free. Raises what the engine refuses as `explain` puts it.
         """
         with self._lock:
+            self._refuse_closed()
             while (slot := self._pool.acquire([], len(ids), self._running.values())) is None:
                 self.step()
             size = self._engine.max_step_tokens
             for begin in range(0, len(ids), size):
                 chunk = np.asarray(ids[begin : begin + size], np.int32)
-                out[begin : begin + len(chunk)] = self._engine.step([(slot.sequence, chunk, True)])
+                try:
+                    out[begin : begin + len(chunk)] = self._engine.step([(slot.sequence, chunk, True)])
+                    self._check()
+                except Exception as error:
+                    raise self._explained(error) from error
                 slot.tokens.extend(chunk.tolist())
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise CnllamaError(_CLOSED)
+
+    def _explained(self, error: Exception) -> Exception:
+        if not isinstance(error, ValueError | RuntimeError):
+            return error
+        explained = self._explain(error)
+        explained.__cause__ = error
+        return explained
+
+    def _end(self, request: Request, error: BaseException) -> None:
+        request.error = request.error or error
+        self._running.pop(request, None)
 
     def _admit(self) -> None:
         for request in [r for r in self._running if r.finished]:
@@ -168,11 +220,16 @@ class Scheduler:
         while self._waiting:
             request, length = self._waiting[0]
             if not request.finished and request not in self._running:
-                slot = self._pool.acquire(request.prompt, length, self._running.values())
-                if slot is None:
+                try:
+                    slot = self._pool.acquire(request.prompt, length, self._running.values())
+                except Exception as error:
+                    self._end(request, self._explained(error))
+                    slot = None
+                if slot is None and not request.finished:
                     return
-                request.start(len(slot.tokens))
-                self._running[request] = slot
+                if slot is not None:
+                    request.start(len(slot.tokens))
+                    self._running[request] = slot
             self._waiting.popleft()
 
     def _next_batch(self) -> list[Part]:
@@ -206,6 +263,7 @@ class Scheduler:
         logits: FloatArray | Largest | None = self._largest(batch, entries)
         if logits is None:
             logits = self._engine.step(entries)
+        self._check()
         seconds = time.perf_counter() - begin
         if all(len(part.ids) == 1 for part in batch):
             drafted = sum(len(part.draft) for part in batch)
@@ -227,17 +285,51 @@ class Scheduler:
     def _advance(self, batch: list[Part], logits: FloatArray | Largest) -> None:
         row = 0
         for part in batch:
-            request, slot = part.request, part.slot
             rows = logits[row : row + 1 + len(part.draft)]
             row += len(rows)
-            slot.tokens.extend(part.ids)
-            request.pending = request.pending[len(part.ids) :]
-            if request.progress is not None and not request.output:
-                request.progress(len(request.prompt) - len(request.pending), len(request.prompt))
-            if not request.pending:
-                kept = request.advance(rows, part.draft)
-                slot.tokens.extend(part.draft[:kept])
-            if part.draft:
-                self._engine.trim(slot.sequence, len(slot.tokens))
-            if request.finished:
-                del self._running[request]
+            try:
+                self._advance_one(part, rows)
+            except Exception as error:  # a sampler's, of logits that are no numbers: the others have their own
+                self._end(part.request, self._explained(error))
+
+    def _advance_one(self, part: Part, rows: FloatArray | Largest) -> None:
+        request, slot = part.request, part.slot
+        slot.tokens.extend(part.ids)
+        request.ran(len(part.ids))
+        if not request.pending:
+            kept = request.advance(rows, part.draft)
+            slot.tokens.extend(part.draft[:kept])
+        if part.draft:
+            self._engine.trim(slot.sequence, len(slot.tokens))
+        if request.finished:
+            self._running.pop(request, None)
+
+
+class _Fork(threading.local):
+    """Waits for the steps of other threads when this one forks: the child gets every scheduler whole and unlocked.
+
+    All are locked in the order in which they were made, so that two threads may fork at once.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Scheduler] = []
+
+    def before(self) -> None:
+        """Locks all schedulers."""
+        _registry.acquire()
+        for _, scheduler in sorted(_living.items()):
+            scheduler._lock.acquire()
+            self._held.append(scheduler)
+
+    def after(self) -> None:
+        """Unlocks them, in the parent and in the child."""
+        while self._held:
+            self._held.pop()._lock.release()
+        _registry.release()
+
+
+_registry = threading.Lock()
+_numbers = itertools.count()
+_living: weakref.WeakValueDictionary[int, Scheduler] = weakref.WeakValueDictionary()
+_fork = _Fork()
+os.register_at_fork(before=_fork.before, after_in_parent=_fork.after, after_in_child=_fork.after)

@@ -187,6 +187,8 @@ def _read_messages(messages: Sequence[Message]) -> tuple[str | None, list[tuple[
     system: str | None = None
     turns: list[tuple[str, str | None]] = []
     for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"message {i + 1} is no mapping: expected {{'role': ..., 'content': '...'}}")
         role, content = message.get("role"), message.get("content")
         if not isinstance(content, str):
             raise InputError(f"message {i + 1} has no text: expected {{'role': ..., 'content': '...'}}")

@@ -1,83 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text across the border of the process: standard streams, files and arguments in UTF-8 or GBK, and two languages."""
+"""Text that comes into the process, in UTF-8 or GBK, and messages in two languages; stdio.py has what goes out."""
 
 from __future__ import annotations
 
-import codecs
 import functools
 import os
-import sys
-from pathlib import Path
-from typing import TextIO
+import warnings
+from typing import BinaryIO
 
+from cnllama.encodings import UndecodableError, decode, locale_encoding
 from cnllama.errors import InputError, from_os_error
-
-_BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-
-
-def configure_stdio() -> None:
-    """Makes the standard streams able to carry any text.
-
-    An encoding that the user chose and that has Chinese is kept, GBK as its superset GB18030; one that has none (ASCII
-    of the C locale, Latin-1) becomes UTF-8. Nothing printed can raise UnicodeEncodeError afterwards. A stream that the
-    caller closed becomes an empty one.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is None:
-            continue
-        errors = "surrogateescape" if stream is sys.stdin else "replace"
-        reconfigure(encoding=_capable_encoding(stream), errors=errors)
-
-
-def _capable_encoding(stream: TextIO) -> str:
-    try:
-        name = codecs.lookup(stream.encoding or "ascii").name
-        "中".encode(name)
-    except (LookupError, UnicodeEncodeError):
-        return "utf-8"
-    return "gb18030" if name in ("gbk", "gb2312", "cp936") else name
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Text of a prompt: UTF-8, with a byte-order mark or without, UTF-16 with one, else GBK (GB18030).
+    """Text of a prompt: UTF-8, what a byte-order mark says, or GBK (GB18030) where that is likely.
 
-    Line ends become \\n. Raises InputError that names `name` and the position when it is none of them.
+    Line ends become \\n. Raises InputError that names `name`, the position and the mend for damaged text and for other
+    encodings; warns where a short text may be in either of two.
     """
-    encoding = next((e for bom, e in _BOMS if data.startswith(bom)), None)
     try:
-        text = data.decode(encoding or "utf-8")
-    except UnicodeDecodeError as error:
-        if encoding is not None:
-            raise InputError(f"{name}: byte {error.start} is not valid {encoding}: save it as UTF-8") from error
-        try:
-            text = data.decode("gb18030")
-        except UnicodeDecodeError:
-            raise InputError(
-                f"{name}: byte {error.start} is neither valid UTF-8 nor the text GBK: save it as UTF-8"
-            ) from error
-    return text.replace("\r\n", "\n")
+        found = decode(data, locale_encoding())
+    except UndecodableError as error:
+        raise InputError(f"{name}: {error}") from None
+    if found.doubt:
+        warnings.warn(
+            tr(
+                f"{name}: read as {found.encoding.upper()}, which is not certain ({found.text:.20}): save it as UTF-8",
+                f"{name}：按 {found.encoding.upper()} 读取，但不能确定（{found.text:.20}）：请存为 UTF-8",
+            )
+            if found.encoding != "utf-8"
+            else tr(
+                f"{name}: read as UTF-8, but it may be {found.doubt}: save it as UTF-8",
+                f"{name}：按 UTF-8 读取，但也可能是 {found.doubt}：请存为 UTF-8",
+            ),
+            stacklevel=2,
+        )
+    return found.text.replace("\r\n", "\n")
 
 
-def read_text_file(path: str | os.PathLike[str]) -> str:
-    """The text of a file without its last line end. Raises InputError as decode_text, or for an unreadable file."""
+def read_text_file(path: str | os.PathLike[str], most: int | None = None) -> str:
+    """The text of a file without its last line end. most: bytes it may have, for what need not have an end.
+
+    Raises InputError as decode_text, or for an unreadable file.
+    """
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = read_limited(file, os.fspath(path), most)
     except OSError as error:
         raise from_os_error(path, error) from error
     return decode_text(data, os.fspath(path)).removesuffix("\n")
 
 
+def read_limited(file: BinaryIO, name: str, most: int | None) -> bytes:
+    """All of a stream. Raises InputError when it has more than `most` bytes."""
+    data = file.read(-1 if most is None else most + 1)
+    if most is not None and len(data) > most:
+        raise InputError(
+            tr(
+                f"{name}: more than {most >> 20} MiB, which no context holds: give a shorter text",
+                f"{name}：超过 {most >> 20} MiB，任何上下文都放不下：请缩短",
+            )
+        )
+    return data
+
+
 def decode_argument(text: str) -> str:
-    """An argument of the command line as Unicode: bytes that Python could not decode are tried as UTF-8 and GBK."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return decode_text(os.fsencode(text), "the argument")
-    return text
+    """A text of the command line as Unicode, out of the bytes that the shell passed; names of files stay as they are.
+
+    Raises InputError as decode_text.
+    """
+    return text if text.isascii() else decode_text(os.fsencode(text), tr("the argument", "参数"))
 
 
 @functools.cache

@@ -71,11 +71,13 @@ def verify(
     """Yields every check of a file that opened, which means that its header is sound.
 
     parity: re-runs the tokenizer parity check, returns what differs or None. progress: called with a number of values.
+    Raises FileChangedError when the file is overwritten meanwhile.
     """
     yield Check("header", True, "hash, sizes, offsets, config and settings fit")
     content = hashlib.sha256()
     for chunk in file.data_chunks():
         content.update(chunk.data)
+    file.check_unchanged()
     expected = file.fingerprint["content_sha256"]
     same = content.hexdigest() == expected
     yield Check("content", same, expected if same else f"sha256 is {content.hexdigest()}, expected {expected}")
@@ -83,10 +85,12 @@ def verify(
     for tensor in file.tensors.values():
         if tensor.scheme != "raw":
             fault = check_tensor(tensor, file.fingerprint["tensors"][tensor.name], progress)
+            file.check_unchanged()
             wrong += [f"{tensor.name}: {fault}"] if fault else []
             file.release(tensor.name)
     yield Check("tensors", not wrong, "; ".join(wrong[:3]) or f"{len(file.tensors) - 1} agree with the fingerprint")
     difference = parity(file)
+    file.check_unchanged()
     yield Check("tokenizer", difference is None, difference or f"parity on {file.parity.get('texts')} texts")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from cnllama.cli.main import main
+from cnllama.start import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

@@ -6,10 +6,9 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import stat
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama.container import DTYPE_BYTES, SafetensorsFile, read_json
-from cnllama.errors import InputError, from_os_error, printable
+from cnllama.errors import InputError
+from cnllama.files import open_regular
+from cnllama.mapped import WatchedFile
 from cnllama.signatures import HEAD, what_it_is
 
 from . import diagnosis
@@ -75,16 +76,19 @@ class _MappedTensor(SourceTensor):
         self.check_dtype()
         data = self._source.view(self.name)
         if self.dtype == "BF16":
-            return _from_bfloat16(data.view(np.uint16).reshape(self.shape)[begin:end])
-        kind = {"F16": np.float16, "F32": np.float32, "F64": np.float64}[self.dtype]
-        return _to_float32(data.view(kind).reshape(self.shape)[begin:end])
+            values = _from_bfloat16(data.view(np.uint16).reshape(self.shape)[begin:end])
+        else:
+            kind = {"F16": np.float16, "F32": np.float32, "F64": np.float64}[self.dtype]
+            values = _to_float32(data.view(kind).reshape(self.shape)[begin:end])
+        self._source.check_unchanged()
+        return values
 
     def release(self) -> None:
         self._source.release(self._entry.begin, self._entry.end)
 
 
 class _TorchTensor(SourceTensor):
-    def __init__(self, file: Path, name: str, tensor: Any, mapped: bool) -> None:
+    def __init__(self, file: Path, name: str, tensor: Any, mapped: WatchedFile | None) -> None:
         self.file, self.name, self._tensor, self._mapped = file, name, tensor.detach(), mapped
         self.shape = tuple(tensor.shape)
         names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
@@ -97,11 +101,15 @@ class _TorchTensor(SourceTensor):
         self.check_dtype()
         rows = self._tensor[begin:end].contiguous()
         if self.dtype == "BF16":
-            return _from_bfloat16(rows.view(torch.int16).numpy().view(np.uint16))
-        return _to_float32(rows.numpy())
+            values = _from_bfloat16(rows.view(torch.int16).numpy().view(np.uint16))
+        else:
+            values = _to_float32(rows.numpy())
+        if self._mapped is not None:
+            self._mapped.check_unchanged()
+        return values
 
     def release(self) -> None:
-        if self._mapped and self._tensor.is_contiguous():
+        if self._mapped is not None and self._tensor.is_contiguous():
             _drop_pages(self._tensor.data_ptr(), self._tensor.nbytes)
 
 
@@ -161,11 +169,11 @@ def open_weights(path: Path) -> dict[str, SourceTensor]:
 
 def _open_torch(path: Path) -> dict[str, SourceTensor]:
     _check_torch_file(path)
+    mapped: WatchedFile | None = WatchedFile(path)
     try:
         import torch
     except ImportError:
         raise InputError(f"{path}: reading PyTorch's .bin needs torch; run: pip install 'cnllama[convert]'") from None
-    mapped = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of odd pickles, which end in a sentence of our own
@@ -174,7 +182,7 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
             except RuntimeError as error:
                 if "mmap can only be used" not in str(error):
                     raise
-                mapped = False  # the format of torch before 1.6, which cannot be mapped
+                mapped = None  # the format of torch before 1.6, which cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -188,23 +196,33 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
         raise InputError(f"{path}: holds names of tensors that are no plain text; save the model's state_dict again")
     if any(value.layout != torch.strided or value.device.type != "cpu" for value in state.values()):
         raise InputError(f"{path}: holds sparse or empty (meta) tensors, expected plain ones; save the model again")
+    if mapped is not None:
+        for begin, end in _joined((s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in state.values())):
+            mapped.guard(begin, end - begin)
+        mapped.check_unchanged()
     return {name: _TorchTensor(path, name, value, mapped) for name, value in state.items()}
 
 
 def _check_torch_file(path: Path) -> None:
     """Raises InputError for what is neither a zip archive nor a pickle, which are all that torch.save writes."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
-            raise InputError(f"{path}: this is no regular file")
-        with open(path, "rb") as file:
-            head = file.read(HEAD)
-    except OSError as error:
-        raise from_os_error(path, error) from None
+    with open_regular(path) as file:
+        head = file.read(HEAD)
     if not head:
         raise InputError(f"{path}: the file is empty; its download was cut off, get it again")
     contents = None if head.startswith((b"PK\x03\x04", b"\x80")) else what_it_is(head)
     if contents is not None:
         raise InputError(f"{path}: {contents}")
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(begin, end) of (address, bytes), one piece where less than a page lies between: tensors of one mapped file."""
+    joined: list[tuple[int, int]] = []
+    for begin, size in sorted(set(ranges)):
+        if joined and begin < joined[-1][1] + mmap.PAGESIZE:
+            joined[-1] = joined[-1][0], max(joined[-1][1], begin + size)
+        elif size:
+            joined.append((begin, begin + size))
+    return joined
 
 
 def canonical_name(name: str) -> str:
@@ -297,23 +315,19 @@ def _open_shards(index: Path, notices: list[str]) -> Iterator[tuple[str, SourceT
         raise InputError(f"{index}: there is no weight_map; get the file again")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise InputError(
-                f"{index}: the file of {printable(name):.80} is {file!r:.80}, expected a name in the same directory"
-            )
+            raise InputError(f"{index}: the file of {name:.80} is {file!r:.80}, expected a name in the same directory")
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (index.parent / file).exists()]
     if missing:
         raise InputError(
-            f"{index}: names {printable(', '.join(missing[:3]))}{' ...' if len(missing) > 3 else ''}, which is not "
+            f"{index}: names {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which is not "
             f"there ({len(missing)} of {len(files)} shards are missing); get the missing files"
         )
     notices += _unread(index.parent, files)
     shards = {file: open_weights(index.parent / file) for file in files}
     for name, file in weight_map.items():
         if name not in shards[file] and not name.endswith(_BUFFER):
-            raise InputError(
-                f"{index}: says that {file} holds {printable(name):.80}, which it does not; get both files again"
-            )
+            raise InputError(f"{index}: says that {file} holds {name:.80}, which it does not; get both files again")
     unnamed = [name for tensors in shards.values() for name in tensors if name not in weight_map]
     unnamed = [name for name in unnamed if not name.endswith(_BUFFER)]
     if unnamed:

@@ -6,15 +6,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from cnllama import _core
 from cnllama.arguments import add_list_option, add_output_option
-from cnllama.errors import InputError, os_errors_explained, printable
+from cnllama.errors import InputError, os_errors_explained
 from cnllama.files import Output, check_place
+from cnllama.stdio import say, show
 from cnllama.templates import TEMPLATES
 
 from .pack import Options, convert, prepare
@@ -130,8 +130,8 @@ def _convert(args: argparse.Namespace, options: dict[str, Any]) -> int:
         if output:
             output.write(json.dumps(report.to_dict(), indent=2).encode() + b"\n", 0)
             output.commit()
-    _warn(report.warnings)
-    print(describe(report))
+    say(*(f"warning: {warning}" for warning in report.warnings))
+    show(*describe(report))
     return 0
 
 
@@ -143,12 +143,6 @@ def _dry_run(args: argparse.Namespace, options: Options) -> int:
     with os_errors_explained(args.base):
         prepared = prepare(args.base, args.lora, args.output or Path("model.cnl"), options)
         found = dry_run.forecast(prepared)
-    _warn(found.warnings)
-    for line in dry_run.describe(found):
-        print(line)
+    say(*(f"warning: {warning}" for warning in found.warnings))
+    show(*dry_run.describe(found))
     return 0
-
-
-def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        print(f"warning: {printable(warning)}", file=sys.stderr)

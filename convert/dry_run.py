@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cnllama.errors import printable
 from cnllama.files import check_place
 from cnllama.plan import Available, available_memory, scratch_bytes
 from cnllama.space import free_bytes
@@ -69,8 +68,8 @@ def forecast(prepared: Prepared) -> Forecast:
 def describe(found: Forecast) -> Iterator[str]:
     """The forecast as lines for people."""
     job, files = found.prepared.job, found.sizes
-    yield job.plan.vocabulary.table
-    output, vocabulary = printable(str(found.prepared.output)), job.plan.config["vocab_size"]
+    yield from job.plan.vocabulary.table
+    output, vocabulary = found.prepared.output, job.plan.config["vocab_size"]
     yield f"{output}: would have {files[0]:,} bytes, {job.parameters:,} weights, vocabulary {vocabulary:,}"
     said = job.metadata["quantization"]
     yield f"  scheme       {said['scheme']}, {said['bits_per_weight']:.3f} bits per weight with everything"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.config import check_config
-from cnllama.errors import InputError, printable
 
 from . import config_facts as c
 from . import tensor_facts as t
@@ -72,16 +71,12 @@ class Settled:
 def settle(directory: Path, adapters: Sequence[Path] = ()) -> Settled:
     """Opens a checkpoint and compares every fact of it. adapters: the directories that will be merged into it.
 
-    Weights are read only where two tensors, or a tensor and zero, must be compared. Raises InputError, of one line
-    whatever the names in it are.
+    Weights are read only where two tensors, or a tensor and zero, must be compared. Raises InputError.
     """
-    try:
-        reading = Reading(str(directory / "config.json"), read_config(directory), directory, adapters)
-        config = _settle_config(reading)
-        for fact in TENSOR_FACTS:
-            fact.settle(reading)
-    except InputError as error:
-        raise InputError(printable(str(error))) from error
+    reading = Reading(str(directory / "config.json"), read_config(directory), directory, adapters)
+    config = _settle_config(reading)
+    for fact in TENSOR_FACTS:
+        fact.settle(reading)
     assert reading.checkpoint is not None
     config |= {key: reading.config[key] for key in ("tie_word_embeddings", "vocab_size")}
     return Settled(replace(reading.checkpoint, tensors=reading.tensors), config, reading.notices)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.errors import InputError, os_errors_explained, printable
+from cnllama.errors import InputError, os_errors_explained
 from cnllama.files import check_place
 from cnllama.format import TOKENIZER, CnlWriter, planned_size, stored_bytes
 from cnllama.space import check_space
@@ -65,7 +65,7 @@ def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = N
     try:
         check_adapters(adapters, checkpoint, config)
     except InputError as error:
-        raise InputError(f"{printable(str(error))}\n{size_table(checkpoint, adapters, tokenizer)}") from None
+        raise InputError(str(error), size_table(checkpoint, adapters, tokenizer)) from None
     vocabulary = check_vocabulary(checkpoint, adapters, is_tied(checkpoint), tokenizer)
     for adapter in adapters:
         adapter.check_values()
@@ -76,7 +76,7 @@ def make_plan(base: Path, loras: Sequence[Path] = (), tokenizer: Path | None = N
         padded = [name for name in (EMBEDDING, LM_HEAD) if name in tensors]
         tensors |= {name: replace(tensors[name], rows=tokens) for name in padded}
     notices = [*settled.notices, *(w for a in adapters for w in a.warnings), *vocabulary.warnings, *notices]
-    return Plan(checkpoint, adapters, config, vocabulary, tensors, list(dict.fromkeys(map(printable, notices))))
+    return Plan(checkpoint, adapters, config, vocabulary, tensors, list(dict.fromkeys(notices)))
 
 
 def merged_tensors(plan: Plan) -> Iterator[tuple[str, FloatArray]]:

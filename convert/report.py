@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnllama.errors import printable
-
 
 @dataclass
 class Report:
@@ -40,20 +38,17 @@ class Report:
         return asdict(self)
 
 
-def describe(report: Report) -> str:
+def describe(report: Report) -> list[str]:
     """The report as lines for people."""
-    file = printable(report.file)
-    return "\n".join(
-        (
-            f"{file}: {report.size:,} bytes, {report.parameters:,} weights, vocabulary {report.vocab_size:,}",
-            f"  scheme       {report.scheme}, {report.bits_per_weight:.3f} bits per weight with everything",
-            f"  quantizer    {report.quantizer}{_reason(report)}",
-            f"  error        mean {report.mean_error:.2%}, worst {report.worst_error:.2%} ({report.worst_tensor})",
-            f"  template     {report.template}",
-            f"  fingerprint  {report.fingerprint}, content {report.content_sha256[:16]}",
-            f"  took         {report.seconds:.1f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
-        )
-    )
+    return [
+        f"{report.file}: {report.size:,} bytes, {report.parameters:,} weights, vocabulary {report.vocab_size:,}",
+        f"  scheme       {report.scheme}, {report.bits_per_weight:.3f} bits per weight with everything",
+        f"  quantizer    {report.quantizer}{_reason(report)}",
+        f"  error        mean {report.mean_error:.2%}, worst {report.worst_error:.2%} ({report.worst_tensor})",
+        f"  template     {report.template}",
+        f"  fingerprint  {report.fingerprint}, content {report.content_sha256[:16]}",
+        f"  took         {report.seconds:.1f} s, peak memory {report.peak_memory / 1e9:.2f} GB",
+    ]
 
 
 def _reason(report: Report) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.errors import InputError, printable
+from cnllama.errors import InputError
 
 from .adapters import Adapter
 from .checkpoint import Checkpoint
@@ -31,7 +31,7 @@ class Vocabulary:
 
     tokenizer: TokenizerFiles
     rows: int
-    table: str
+    table: list[str]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -56,7 +56,7 @@ def check_vocabulary(
     except (_MismatchError, RowsError) as error:
         better = _better_order(checkpoint, adapters, tied, override)
         hint = f"; the right order is {' '.join(f'--lora {a.directory}' for a in better)}" if better else ""
-        raise InputError(f"{printable(f'{error}{hint}')}\n{table}") from None
+        raise InputError(f"{error}{hint}", table) from None
     warnings = [
         *tokenizer.notices,
         *(
@@ -186,7 +186,7 @@ def _better_order(
     return fitting[0] if len(fitting) == 1 else ()
 
 
-def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None = None) -> str:
+def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None = None) -> list[str]:
     """Every vocabulary size that any file states, as lines for people."""
     sizes = _sizes(checkpoint, adapters, override)
     width = max(len(what) for _, what, _ in sizes)
@@ -194,10 +194,10 @@ def size_table(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Pa
     last = ""
     for directory, what, size in sizes:
         if directory != last:
-            lines.append(f"  {printable(directory)}")
+            lines.append(f"  {directory}")
             last = directory
         lines.append(f"    {what:<{width}}  {size}")
-    return "\n".join(lines)
+    return lines
 
 
 def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path | None) -> list[tuple[str, str, object]]:

@@ -5,15 +5,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "bind_model.hpp"
 #include "cpu/bandwidth.hpp"
 #include "cpu/cpu_info.hpp"
+#include "engine_lock.hpp"
+#include "map_guard.hpp"
 #include "model.hpp"
 
 namespace py = pybind11;
@@ -22,8 +26,7 @@ using bind::within;
 
 namespace {
 
-using Ids = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
-
+/// Every method may be called from any thread: one is in the engine at a time, the others wait.
 class Engine {
  public:
     Engine(const py::dict& config, const py::dict& tensors, int threads, std::int64_t context,
@@ -34,6 +37,7 @@ class Engine {
         within("threads", threads, 0, 1024);
         if (kv_type != "fp16" && kv_type != "int8")
             throw py::value_error("kv_type is '" + kv_type + "', expected fp16 or int8");
+        for (const auto& [name, entry] : tensors) watch(entry.cast<py::tuple>()[0].cast<bind::Bytes>().data());
         const ModelConfig c = bind::read_config(config);
         Weights weights = bind::read_weights(tensors_, c);
         model_ =
@@ -42,25 +46,31 @@ class Engine {
     }
 
     int open(std::int64_t rope_length) {
-        return model_->open(within("rope_length", rope_length, 0, std::int64_t(1) << 31));
+        within("rope_length", rope_length, 0, std::int64_t(1) << 31);
+        return bind::alone(lock_, [&] { return model_->open(rope_length); });
     }
-    void close(int sequence) { model_->close(sequence); }
-    std::int64_t length(int sequence) { return model_->cache().length(sequence); }
-    void trim(int sequence, std::int64_t length) { model_->cache().trim(sequence, length); }
+    void close(int sequence) {
+        bind::alone(lock_, [&] { model_->close(sequence); });
+    }
+    std::int64_t length(int sequence) {
+        return bind::alone(lock_, [&] { return model_->cache().length(sequence); });
+    }
+    void trim(int sequence, std::int64_t length) {
+        bind::alone(lock_, [&] { model_->cache().trim(sequence, length); });
+    }
 
-    py::array_t<float> step(const std::vector<std::tuple<int, Ids, bool>>& batch) {
-        std::vector<StepEntry> entries;
-        for (const auto& [sequence, ids, all_logits] : batch) {
-            if (ids.ndim() != 1) throw py::value_error("token ids must be a one-dimensional array");
-            entries.push_back({sequence, {ids.data(), static_cast<std::size_t>(ids.size())}, all_logits});
-        }
-        model_->check(entries);  // before the logits are allocated
+    py::array_t<float> step(const bind::Batch& batch) {
+        const bind::StepBatch given(batch);
+        const std::vector<StepEntry>& entries = given.entries();
+        bind::alone(lock_, [&] { model_->check(entries); });  // before the logits are allocated
         py::array_t<float> logits({Model::output_rows(entries), model_->config().vocab_size});
         float* out = logits.mutable_data();
         {
             py::gil_scoped_release release;
+            const std::scoped_lock held(lock_);
             try {
                 model_->step(entries, out);
+                refuse_damaged();
             } catch (const std::length_error& full) {
                 throw std::runtime_error(full.what());  // pybind11 would make a ValueError of it
             }
@@ -86,6 +96,18 @@ class Engine {
     std::int64_t barriers() const { return model_->threads().barriers(); }
 
  private:
+    void watch(const void* weights) {
+        const std::atomic<bool>* flag = map_guard::flag_of(weights);
+        if (flag && std::find(maps_.begin(), maps_.end(), flag) == maps_.end()) maps_.push_back(flag);
+    }
+    void refuse_damaged() const {
+        for (const std::atomic<bool>* flag : maps_)
+            if (flag->load(std::memory_order_acquire))
+                throw std::runtime_error("the file with the weights was cut off while it was in use");
+    }
+
+    EngineLock lock_{false};
+    std::vector<const std::atomic<bool>*> maps_;  // of the maps that the weights lie in
     bind::TensorTable tensors_;
     std::int64_t context_;
     std::string kv_type_;

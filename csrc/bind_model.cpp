@@ -177,6 +177,20 @@ const std::uint8_t* TensorTable::aligned(const Bytes& data) {
     return copy;
 }
 
+StepBatch::StepBatch(const Batch& batch) {
+    std::size_t count = 0;
+    for (const auto& [sequence, ids, all_logits] : batch) {
+        if (ids.ndim() != 1) throw py::value_error("token ids must be a one-dimensional array");
+        count += static_cast<std::size_t>(ids.size());
+    }
+    ids_.reserve(count);  // the spans below point into it
+    for (const auto& [sequence, ids, all_logits] : batch) {
+        const std::int32_t* begin = ids_.data() + ids_.size();
+        ids_.insert(ids_.end(), ids.data(), ids.data() + ids.size());
+        entries_.push_back({sequence, {begin, static_cast<std::size_t>(ids.size())}, all_logits});
+    }
+}
+
 Weights read_weights(TensorTable& t, const ModelConfig& c) {
     Weights w;
     w.embed_tokens = t.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size);

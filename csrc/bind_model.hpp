@@ -9,8 +9,10 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "model.hpp"
@@ -18,6 +20,8 @@
 namespace cnl::bind {
 
 using Bytes = pybind11::array_t<std::uint8_t, pybind11::array::c_style>;
+using Ids = pybind11::array_t<std::int32_t, pybind11::array::c_style | pybind11::array::forcecast>;
+using Batch = std::vector<std::tuple<int, Ids, bool>>;
 
 /// `value`, or ValueError with the name and both limits.
 std::int64_t within(const char* name, std::int64_t value, std::int64_t low, std::int64_t high);
@@ -55,6 +59,31 @@ class TensorTable {
     std::vector<std::unique_ptr<std::uint8_t[], Free>> copies_;
     std::size_t bytes_ = 0;
 };
+
+/// A step as Python gives it, with ids of its own: another thread may write into the arrays while it runs.
+class StepBatch {
+ public:
+    /// Raises ValueError for ids of more or fewer axes than one.
+    explicit StepBatch(const Batch& batch);
+    StepBatch(const StepBatch&) = delete;
+    StepBatch& operator=(const StepBatch&) = delete;
+    const std::vector<StepEntry>& entries() const { return entries_; }
+
+ private:
+    std::vector<std::int32_t> ids_;
+    std::vector<StepEntry> entries_;
+};
+
+/// work() while no other thread is in the engine. It may not call Python: that could lead back here.
+template <typename Lock, typename Work>
+auto alone(Lock& lock, Work&& work) {
+    std::unique_lock held(lock, std::try_to_lock);
+    if (!held) {  // who holds it may need the GIL to come to an end
+        const pybind11::gil_scoped_release release;
+        held.lock();
+    }
+    return work();
+}
 
 /// All tensors of the model; raises ValueError naming the one that is missing or has a wrong size.
 Weights read_weights(TensorTable& table, const ModelConfig& config);

@@ -25,11 +25,8 @@ py::tuple sample(Sampler& sampler, const Logits& logits, const std::vector<std::
     const std::span<const float> values(logits.data(), static_cast<std::size_t>(logits.size()));
     const auto known =
         ids ? std::span(ids->data(), static_cast<std::size_t>(ids->size())) : std::span<const std::int32_t>();
-    Sampler::Choice choice;
-    {
-        py::gil_scoped_release release;
-        choice = sampler.sample(values, banned, top, known);
-    }
+    // With the GIL: it takes microseconds, and a sampler changes with every choice.
+    const Sampler::Choice choice = sampler.sample(values, banned, top, known);
     return py::make_tuple(choice.token, choice.logprob, choice.top);
 }
 

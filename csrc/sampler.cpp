@@ -14,6 +14,7 @@ namespace cnl {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 /// exp(x) for x <= 0, 0 under -700, relative error under 1e-12. Only additions and multiplications: the math library's
 /// differs from machine to machine in the last bit, and a draw must not.
@@ -114,7 +115,7 @@ void Sampler::accept(std::span<const std::int32_t> tokens) {
         if (token < 0) throw std::invalid_argument("token " + std::to_string(token) + " is negative");
     history_.insert(history_.end(), tokens.begin(), tokens.end());
     const auto keep = static_cast<std::size_t>(options_.repeat_last_n);
-    if (options_.repeat_last_n >= 0 && history_.size() > 2 * keep + 1024)
+    if (options_.repeat_last_n >= 0 && history_.size() / 2 > keep + 512)  // keep may be near the largest number
         history_.erase(history_.begin(), history_.end() - static_cast<std::ptrdiff_t>(keep));
 }
 
@@ -148,7 +149,9 @@ void Sampler::penalize() {
         const std::size_t at = place(id);
         if (at == scores_.size()) continue;
         float& score = scores_[at];
-        score = score > 0 ? score / penalty : score * penalty;
+        if (score == kNever || score == 0) continue;
+        // The smallest and largest penalties are 0 and infinity in float, and quotients may leave its range.
+        score = std::clamp(score > 0 ? score / penalty : score * penalty, -kLargest, kLargest);
     }
 }
 
@@ -232,7 +235,8 @@ std::int32_t Sampler::draw(float max) {
         candidates_.push_back(c);
     }
     weights_.resize(candidates_.size());
-    const double scale = 1.0 / options_.temperature;
+    // Of the smallest temperatures the quotient is infinite, and the largest score's weight would be no number.
+    const double scale = std::min(1.0 / options_.temperature, std::numeric_limits<double>::max());
     for (std::size_t i = 0; i < weights_.size(); ++i)
         weights_[i] = exp_negative((static_cast<double>(candidates_[i].score) - max) * scale);
     double left = random_.uniform() * sum(weights_);

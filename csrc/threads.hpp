@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 
 namespace cnl {
 
@@ -61,9 +62,14 @@ inline bool last_part(std::atomic<std::uint32_t>& done, std::int64_t parts) {
     return true;
 }
 
+/// The system starts no further thread.
+struct ThreadError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 class ThreadPool {
  public:
-    /// `threads` >= 1, the caller's thread included. Throws std::invalid_argument otherwise.
+    /// `threads` >= 1, the caller's thread included. Throws std::invalid_argument otherwise, and ThreadError.
     explicit ThreadPool(int threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
@@ -72,7 +78,7 @@ class ThreadPool {
     int size() const;
 
     /// Runs job(team) on every thread and returns when all are done. An exception of any thread that leaves its job is
-    /// rethrown here; the others give up at their next barrier.
+    /// rethrown here; the others give up at their next barrier. In the child of a fork the threads are started again.
     void run(const std::function<void(Team&)>& job);
 
     /// Barriers passed since construction (one thread's count): the benchmark and a test read it.

@@ -157,7 +157,7 @@ def test_stage_is_run_again_when_asked(data: Path, tmp_path: Path) -> None:
         ("[variables]", "[variable]", "has 'variable'"),
         ("steps = 6", "steps = ", "is not valid TOML"),
         ("hidden_size = 32", "hidden_size = 33", "do not divide"),
-        ("hidden_size = 32", 'hidden_size = "wide"', "invalid int value"),
+        ("hidden_size = 32", 'hidden_size = "wide"', "'wide' is no integer"),
     ],
 )
 def test_wrong_recipe_is_one_sentence(data: Path, tmp_path: Path, old: str, new: str, sentence: str) -> None:

@@ -79,7 +79,7 @@ def rewrite(adapter: Path, change: Any) -> None:
 def refusal(base: Path, *adapters: Path) -> str:
     with pytest.raises(InputError) as caught:
         make_plan(base, adapters)
-    return str(caught.value)
+    return "\n".join([str(caught.value), *caught.value.details])
 
 
 @pytest.mark.parametrize(

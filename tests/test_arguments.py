@@ -17,7 +17,8 @@ pytest.importorskip("transformers", reason="the parsers of adapt need the traini
 pytest.importorskip("peft", reason="the parsers of adapt need the training libraries")
 
 from cnllama.arguments import CommaAction, ListAction
-from cnllama.cli.main import VERBS, Parser, main
+from cnllama.cli.main import VERBS, main
+from cnllama.cli.parser import Parser
 from cnllama.errors import InputError
 
 

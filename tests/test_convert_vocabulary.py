@@ -73,7 +73,7 @@ def refusal(base: Path, *adapters: Path, **options: Any) -> str:
             patch.setattr(kind, "read", lambda *_: pytest.fail("a weight was read"))
         with pytest.raises(InputError) as caught:
             make_plan(base, adapters, **options)
-    return str(caught.value)
+    return "\n".join([str(caught.value), *caught.value.details])
 
 
 def with_rows(directory: Path, embed: int, head: int) -> None:

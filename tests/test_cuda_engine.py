@@ -2,7 +2,9 @@
 """The CUDA engine against the CPU's: the same logits, bit for bit, and the same manners."""
 
 import ast
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -315,3 +317,43 @@ def test_demonstration_model_says_the_same() -> None:
     if not list((ROOT / "cnllama/demo").glob("*.cnl")):
         pytest.skip("no demonstration model in this tree")
     assert answers(None, "cuda", 100, temperature=0) == answers(None, "cpu", 100, temperature=0)
+
+
+def test_one_thread_at_a_time(cuda, model) -> None:
+    config, tensors = model
+    engine = cuda.Engine(config, tensors, context=64, max_sequences=4)
+    reference = _core.Engine(config, tensors, threads=1, context=64)
+    reference.open()
+    expected = reference.step([(0, TEXT, True)])
+
+    def run(_: int) -> None:
+        for _ in range(4):
+            sequence = engine.open()
+            for begin in range(0, len(TEXT), 5):
+                found = engine.step([(sequence, TEXT[begin : begin + 5], True)])
+                np.testing.assert_array_equal(found, expected[begin : begin + 5])
+            engine.trim(sequence, 3)
+            ids, _ = engine.step_top([(sequence, TEXT[3:], False)], 1)
+            assert ids[0, 0] == expected[-1].argmax()
+            assert engine.length(sequence) == len(TEXT)
+            engine.close(sequence)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3), timeout=120))
+
+
+def test_a_forked_child_is_refused(cuda, model) -> None:
+    config, tensors = model
+    engine = cuda.Engine(config, tensors, context=64)
+    engine.open()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            engine.step([(0, TEXT, False)])
+        except RuntimeError as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert b"a forked process cannot use its parent's GPU memory" in os.read(reading, 1000)
+    assert engine.step([(0, TEXT, False)]).shape[0] == 1

@@ -392,6 +392,6 @@ def test_config_check_keeps_known_keys_only(cnl: Path) -> None:
 
 
 def test_messages_quote_no_control_characters() -> None:
-    error = InputError("a\x1b[31mb\x1ec\ud800 中文😀\ntable")
-    assert str(error) == "a\\x1b[31mb\\x1ec\\ud800 中文😀\ntable"
-    assert len(str(error).splitlines()) == 2
+    error = InputError("a\x1b[31mb\x1ec\ud800 中文😀\nb", ["table", "of\nthree"])
+    assert str(error) == "a\\x1b[31mb\\x1ec\\ud800 中文😀\\nb"
+    assert error.details == ["table", "of\\nthree"]

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLM end to end on a small converted model: streams, stops, limits and options; test_scheduler.py has the rest."""
 
+import gc
 import io
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +194,18 @@ def test_ids_outside_the_vocabulary(llm: LLM) -> None:
     for bad in (-1, llm.vocab_size):
         with pytest.raises(InputError, match=f"{bad} is outside the vocabulary, 0 to {llm.vocab_size - 1}"):
             llm.generate([[1, bad]])
+
+
+def test_a_model_that_nobody_uses_is_freed_at_once(tiny_cnl: Path) -> None:
+    llm = LLM(tiny_cnl, ctx=64, threads=1)
+    llm.generate("好", max_tokens=2)
+    freed = weakref.ref(llm.file)
+    gc.disable()
+    try:
+        del llm
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_two_models_at_once(tiny_cnl: Path) -> None:

@@ -5,14 +5,13 @@ import random
 import re
 import signal
 import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import models
 import numpy as np
 import pytest
+from processes import start, wait
 
 from cnllama.lookup import Draft, Lookup, StepCosts, worth_running
 
@@ -220,22 +219,14 @@ def test_the_command_line(tiny_cnl: Path) -> None:
 
 def test_ctrl_c_while_guessing(tiny_cnl: Path) -> None:
     options = ("--speculate", "lookup", "--stats", "--ctx", "65536", "-n", "-1", "--ignore-eos", "--temp", "0")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cnllama", "chat", "-m", str(tiny_cnl), *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    watchdog = threading.Timer(60, process.kill)
-    watchdog.start()
+    process = start("chat", "-m", tiny_cnl, *options)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(("a" * 100 + "\n").encode())
     process.stdin.flush()
     process.stdout.read(50)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(b"/exit\n")
-    watchdog.cancel()
+    _, err = wait(process, b"/exit\n")
     assert process.returncode == 0, err
     assert b"Traceback" not in err
     assert b"guesses: " in err

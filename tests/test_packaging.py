@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cnllama import _core
-from cnllama.cli.main import Parser
+from cnllama.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh.md")
@@ -123,6 +123,8 @@ def test_constraints_pin_every_named_requirement() -> None:
 
 # --- the stub
 
+PROTOCOL = ("__init__", "__enter__", "__exit__")
+
 
 def stub_members() -> dict[str, ast.stmt]:
     """Public names of _core.pyi, with methods as Class.method, without the type aliases and imports."""
@@ -150,7 +152,7 @@ def module_members() -> set[str]:
             continue
         names.add(name)
         if isinstance(value, type):
-            names |= {f"{name}.{key}" for key in vars(value) if not key.startswith("_") or key == "__init__"}
+            names |= {f"{name}.{key}" for key in vars(value) if not key.startswith("_") or key in PROTOCOL}
     return names
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from cnllama.container import is_count, read_json
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.stdio import say
 
 MARK = "complete.json"
 LEFT = ("training_args.bin",)  # of no use to anybody without the process that wrote it
@@ -84,7 +84,7 @@ def drop(own: OwnedDirectory, name: str) -> None:
     try:
         own.remove(name)
     except InputError as error:
-        print(f"warning: a checkpoint stays: {error}", file=sys.stderr)
+        say(f"warning: a checkpoint stays: {error}")
 
 
 def complete_checkpoints(own: OwnedDirectory) -> list[Path]:

@@ -15,6 +15,7 @@ from cnllama.arguments import add_output_option
 from cnllama.errors import InputError
 from cnllama.files import copy_file
 from cnllama.ownership import OwnedDirectory
+from cnllama.stdio import show
 
 _FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 _SIZES = (
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if own is not None:
             torch.manual_seed(args.seed)
             _write(own, LlamaForCausalLM(config), args.tokenizer)
-    print(f"{args.output}: {parameters:,} parameters, vocabulary {vocabulary.size:,}")
+    show(f"{args.output}: {parameters:,} parameters, vocabulary {vocabulary.size:,}")
     return 0
 
 

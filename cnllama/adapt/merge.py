@@ -16,6 +16,7 @@ from cnllama.convert.merge import MergedTensor, bias_settings
 from cnllama.convert.pack import Plan, make_plan
 from cnllama.errors import InputError
 from cnllama.files import copy_file, write_json
+from cnllama.stdio import say, show
 
 _SIZES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 _SHARD_BYTES = 4 << 30
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merges; prints what was written. Returns the exit code."""
     size = merge_checkpoint(args.base, args.lora, args.output, args.dtype, progress=sys.stderr.isatty())
-    print(f"{args.output}: {size / 1e9:.2f} GB, merged from {args.base} and {len(args.lora)} adapters")
+    show(f"{args.output}: {size / 1e9:.2f} GB, merged from {args.base} and {len(args.lora)} adapters")
     return 0
 
 
@@ -50,7 +51,7 @@ def merge_checkpoint(base: Path, adapters: Sequence[Path], out: Path, dtype: str
             "adapters directly with cnllama convert"
         )
     for notice in plan.notices:
-        print(f"warning: {notice}", file=sys.stderr)
+        say(f"warning: {notice}")
     kind, item = _SIZES[dtype]
     size: int = sum(math.prod(tensor.shape) for tensor in plan.tensors.values()) * item
     inputs = {"base": [base], "adapters": adapters}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 from cnllama.files import read_bytes, write_file
 
 _DPI = 120
@@ -22,7 +22,8 @@ _MAX_LOG = 1 << 30
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table of aligned text: numbers to the right, floats with four digits, everything else to the left."""
+    """A table of aligned text: numbers to the right, floats with four digits, the rest to the left and printable."""
+    columns = list(map(printable, columns))
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
@@ -36,7 +37,7 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> st
 
 def _cell(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+        return printable(str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 

@@ -20,6 +20,7 @@ from cnllama.adapt.tokenfile import Vocabulary
 from cnllama.adapt.trainer import Collator
 from cnllama.errors import InputError
 from cnllama.ownership import OwnedDirectory
+from cnllama.textio import decode_argument
 
 _LEARNING_RATE = {1: 2e-4, 2: 1e-4}  # the paper's
 
@@ -31,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage", type=int, choices=(1, 2), default=2, help="1: embeddings only; 2: LoRA too (default 2)"
     )
     parser.add_argument(
-        "--document", metavar="TEXT", default=POEM_TEMPLATE, help="how a JSON record without text becomes a document"
+        "--document",
+        type=decode_argument,
+        metavar="TEXT",
+        default=POEM_TEMPLATE,
+        help="how a JSON record without text becomes a document",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from cnllama.errors import printable
 from cnllama.files import append, read_bytes, write_file
 from cnllama.ownership import OwnedDirectory
 
@@ -35,7 +36,7 @@ class Progress(TrainerCallback):
             self._bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
-                desc=self._label,
+                desc=printable(self._label),
                 unit="step",
                 disable=not sys.stderr.isatty(),
             )

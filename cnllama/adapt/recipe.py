@@ -32,6 +32,7 @@ from cnllama.contents import file_sha256
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.stdio import say, show
 
 _IDENTITY = 2  # raised when the same recipe comes to mean something else
 _SUMMARY = "summary.json"
@@ -119,7 +120,7 @@ def run_task(task: Task, recipe: Recipe) -> None:
     try:
         _run_command(task, recipe)
     except CnllamaError as error:
-        raise type(error)(f"stage {task.label}: {error}") from None
+        raise type(error)(f"stage {task.label}: {error}", error.details) from None
     if not _first():
         return _wait(mark)
     inputs = {name: _outputs(given.directory) for name, given in task.inputs.items()}
@@ -211,7 +212,7 @@ def _execute(task: Task, recipe: Recipe) -> None:
     if task.stage.do == SCRIPT:
         code = subprocess.run([sys.executable, str(task.script), *task.words], check=False).returncode
     else:
-        from cnllama.cli.main import Parser
+        from cnllama.cli.parser import Parser
 
         command, _, verb = task.stage.do.partition(" ")
         module = importlib.import_module(f"cnllama.cli.{command}")
@@ -260,7 +261,7 @@ def _summarize(tasks: Sequence[Task], out: Path) -> None:
     write_json(out / _SUMMARY, rows)
     swept = list(dict.fromkeys(key for task in tasks for key in task.variant))
     columns = ["stage", *swept, "trained_parameters", "held_out_loss_before", "held_out_loss", "tokens", "seconds"]
-    print(format_table(columns, [["" if row.get(c) is None else row[c] for c in columns] for row in rows]))
+    show(*format_table(columns, [["" if row.get(c) is None else row[c] for c in columns] for row in rows]).split("\n"))
     for name in dict.fromkeys(row["stage"] for row in rows if swept):
         runs = [row for row in rows if row["stage"] == name and any(key in row for key in swept)]
         if len(runs) > 1:
@@ -275,4 +276,4 @@ def _picture(name: str) -> str:
 
 def _say(text: str) -> None:
     if _first():
-        print(text, file=sys.stderr, flush=True)
+        say(text)

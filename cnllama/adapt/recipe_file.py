@@ -256,7 +256,7 @@ def _directory(stage: Stage, variant: Options) -> str:
 
 def _leaf_parser(do: str, where: str) -> argparse.ArgumentParser:
     """The parser of a command, of its verb's verb where it has any."""
-    from cnllama.cli.main import Parser
+    from cnllama.cli.parser import Parser
 
     command, _, verb = do.partition(" ")
     parser: argparse.ArgumentParser = Parser(prog=f"cnllama {command}", allow_abbrev=False)

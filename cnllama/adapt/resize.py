@@ -29,6 +29,7 @@ from cnllama.convert.checkpoint import (
 from cnllama.convert.tokenizers import MAX_TOKENIZER, MODEL, TokenizerFiles, first_difference, read_tokenizer
 from cnllama.errors import InputError
 from cnllama.files import copy_file, read_bytes, write_json
+from cnllama.stdio import say, show
 from cnllama.tokenizer import SPACE, Tokenizer
 
 INITS = ("mean", "normal", "zeros")
@@ -324,9 +325,10 @@ def run_resize(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     for warning in done.warnings:
-        print(f"cnllama: warning: {warning}", file=sys.stderr)
+        say(f"cnllama: warning: {warning}")
     rows: list[Any] = [(g.name, g.old_rows, g.new_rows, g.old_norm, g.new_norm) for g in done.growth]
     if rows:
-        print(format_table(("matrix", "rows before", "rows after", "norm of old rows", "norm of new rows"), rows))
-    print(f"{done.directory}: {done.rows:,} rows")
+        columns = ("matrix", "rows before", "rows after", "norm of old rows", "norm of new rows")
+        show(*format_table(columns, rows).split("\n"))
+    show(f"{done.directory}: {done.rows:,} rows")
     return 0

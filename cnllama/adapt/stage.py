@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -38,6 +37,7 @@ from cnllama.errors import InputError
 from cnllama.files import read_bytes, write_json
 from cnllama.ownership import OwnedDirectory
 from cnllama.space import check_space
+from cnllama.stdio import say
 
 _IDENTITY = 2  # raised when the same options come to mean something else
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -108,8 +108,7 @@ def run_stage(stage: Stage) -> dict[str, Any]:
         if finished is not None:
             return finished
         data = stage.prepare_data(vocabulary)
-        for line in data.report if main else []:
-            print(line, file=sys.stderr)
+        say(*(data.report if main else []))
         steps = _count_steps(stage, data)
         if own is not None:
             _check_disk(stage, plan, steps[1], own)
@@ -185,8 +184,7 @@ def _plan(stage: Stage, config: Any, device: str, dtype: torch.dtype, main: bool
         found = memory.plan_memory(config, stage.trained, shape)
     else:
         found = memory.refuse_unless_fits(config, stage.trained, shape, room, source)
-    for line in found.lines(room, source) if main else []:
-        print(line, file=sys.stderr)
+    say(*(found.lines(room, source) if main else []))
     return found
 
 

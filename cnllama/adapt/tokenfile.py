@@ -17,7 +17,7 @@ from cnllama.adapt.reading import ReadLog, check_files
 from cnllama.container import read_json
 from cnllama.contents import file_sha256
 from cnllama.convert.tokenizers import read_tokenizer
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 from cnllama.files import Output, make_directory, write_json
 from cnllama.tokenizer import Tokenizer
 
@@ -191,7 +191,13 @@ def _write(stem: Path, path: Path, dtype: type[np.generic], produce: Produce, pr
 
     log, report = ReadLog(), FileReport(str(path))
     columns: dict[str, _Column] = {}
-    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"tokenize {path.name}", disable=not progress)
+    bar = tqdm(
+        total=path.stat().st_size,
+        unit="B",
+        unit_scale=True,
+        desc=f"tokenize {printable(path.name)}",
+        disable=not progress,
+    )
     try:
         for entry in produce(log, report):
             if not columns:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
 from cnllama.files import write_file, write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.stdio import say
 
 if TYPE_CHECKING:
     from cnllama.adapt.stage import Data, Stage
@@ -98,7 +98,7 @@ def train(job: Job) -> dict[str, Any]:
         if resume is not None:
             trainer.carry(_loss_sum(resume))
             if args.should_save:
-                print(f"{stage.label}: going on from step {_step(resume)} of {total}", file=sys.stderr)
+                say(f"{stage.label}: going on from step {_step(resume)} of {total}")
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return _finish(job, trainer, log)
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnllama.arguments import add_comma_option, add_model_file
 from cnllama.errors import InputError
+from cnllama.stdio import say, show, to_json
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -72,26 +72,26 @@ def run(args: argparse.Namespace) -> int:
     runner = LLMRunner(args.file, threads=args.threads, kv_type=args.kv)
     trained = trained_length(runner.llm.file.config)
     too_long = [m for m in measures if m.size > trained]  # speed does not mind the few steps after it
-    show = _quiet if args.json else _show
+    tell = _quiet if args.json else _show
     head = _head(runner, args.kv)
-    show(_describe(head))
+    tell(_describe(head))
     result = head | {"start": _start(runner, args, rounds)}
-    show(_describe_start(result["start"]))
+    tell(_describe_start(result["start"]))
     result["measures"] = []
     for measure in [m for m in measures if m not in too_long]:
         figures = _run(runner, measure, args, rounds)
         if "memory" not in result:
             result["memory"] = _memory(runner, measure)
         result["measures"].append(figures)
-        show(_describe_measure(measure, figures))
+        tell(_describe_measure(measure, figures))
     result["left_out"] = [m.name for m in too_long]
     for name in result["left_out"]:
-        show(tr(f"{name}: left out, the model was made for {trained}", f"{name}：跳过，模型的长度只有 {trained}"))
+        tell(tr(f"{name}: left out, the model was made for {trained}", f"{name}：跳过，模型的长度只有 {trained}"))
     if result.get("memory"):
-        show(_describe_memory(result["memory"]))
+        tell(_describe_memory(result["memory"]))
     runner.close()
     if args.json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(to_json(result))
     return 0
 
 
@@ -99,11 +99,11 @@ def parse_counts(text: str, option: str, low: int, high: int) -> list[int]:
     """The integers of a comma-separated option. Raises InputError that names the option and the range."""
     counts = []
     for item in filter(None, text.split(",")):
-        if not item.strip().isdecimal() or not low <= int(item) <= high:
+        if not item.strip().isdecimal() or len(item) > 20 or not low <= int(item) <= high:
             raise InputError(
                 tr(
-                    f"{option} has {item!r}, expected integers from {low} to {high:,}, separated by commas",
-                    f"{option} 中有 {item!r}，应为 {low} 到 {high:,} 的整数，以逗号分隔",
+                    f"{option} has {item!r:.60}, expected integers from {low} to {high:,}, separated by commas",
+                    f"{option} 中有 {item!r:.60}，应为 {low} 到 {high:,} 的整数，以逗号分隔",
                 )
             )
         counts.append(int(item))
@@ -190,12 +190,12 @@ def _memory(runner: LLMRunner, measure: Measure) -> dict[str, int] | None:
 
 
 def _show(line: str) -> None:
-    print(line, flush=True)
+    show(*line.split("\n"))
 
 
 def _quiet(line: str) -> None:
     if sys.stderr.isatty():
-        print(line, file=sys.stderr, flush=True)
+        say(*line.split("\n"))
 
 
 def _describe(head: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from cnllama.arguments import add_list_option, add_model_file
 from cnllama.cli import eval_table
 from cnllama.cli.eval_shared import Files, add_model_options, add_text_options, command, opener, read, say
 from cnllama.errors import InputError
+from cnllama.stdio import show
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _ppl(args: argparse.Namespace) -> int:
         result = measure_perplexity(open_cnl(args.file), texts, opener(args), context=args.ctx, stride=args.stride)
         files.write_json(args.json, command(args) | result)
     for row in result["texts"]:
-        print(
+        show(
             f"{row['text']}: perplexity {row['perplexity_per_token']:.4f} per token, "
             f"{row['perplexity_per_character']:.4f} per character, {row['bits_per_character']:.4f} bits per character; "
             f"{row['tokens']:,} tokens, {_characters(row)} in {row['documents']:,} documents; "
@@ -148,7 +149,7 @@ def _kl(args: argparse.Namespace) -> int:
         )
         files.write_json(args.json, command(args) | result)
     r = result
-    print(
+    show(
         f"{r['text']}: KL(reference || {args.file.name}) mean {r['kl_mean']:.6f} (±{r['kl_mean_standard_error']:.6f}), "
         f"median {r['kl_median']:.6f}, 99 % {r['kl_p99']:.6f}, largest {r['kl_max']:.6f} nats; "
         f"same most likely token {r['top1_agreement']:.2%}; perplexity {r['perplexity_per_token']:.4f} against "
@@ -184,9 +185,7 @@ def _choice(args: argparse.Namespace) -> int:
             lines = (json.dumps(answer.record(), ensure_ascii=False) + "\n" for answer in run.answers)
             files.write(args.log, "".join(lines))
         files.write_json(asked, submission(run.answers))
-    print(table(run.result))
-    print()
-    print("\n".join(sentences(run.result)))
+    show(*table(run.result).split("\n"), "", *sentences(run.result))
     return 0
 
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnllama import stdio
 from cnllama.errors import InputError
 from cnllama.files import Output
 from cnllama.textio import tr
@@ -88,7 +88,7 @@ def command(args: argparse.Namespace) -> dict[str, Any]:
 
 def say(sentence: str) -> None:
     """A line on stderr."""
-    print(tr("cnllama: ", "cnllama：") + sentence, file=sys.stderr)
+    stdio.say(tr("cnllama: ", "cnllama：") + sentence)
 
 
 class Files:

@@ -17,6 +17,7 @@ from cnllama.cli.eval_shared import Files, add_text_options, check_threads, comm
 from cnllama.errors import InputError, os_errors_explained
 from cnllama.files import make_directory
 from cnllama.scratch import scratch_beside
+from cnllama.stdio import show
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         files.write(args.markdown, report)
         if args.png:
             files.write(args.png, picture(result))
-    print(report, end="")
+    show(*report.rstrip("\n").split("\n"))
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cnllama.arguments import add_model_file, add_output_option
+from cnllama.stdio import say, show
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     with os_errors_explained(args.output):
         report = export(file, args.output, wanted=args.type, progress=sys.stderr.isatty())
     for warning in report.warnings:
-        print(tr("warning: ", "警告：") + warning, file=sys.stderr)
-    print("\n".join(describe(report)))
+        say(tr("warning: ", "警告：") + warning)
+    show(*describe(report))
     return 0
 
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from cnllama import _core
 from cnllama.arguments import add_model_file
-from cnllama.errors import printable
 from cnllama.format import CnlFile, open_cnl
+from cnllama.stdio import show, to_json
 
 HELP = "show what is in a .cnl file"
 
@@ -24,8 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the description. Returns the exit code."""
     facts = describe(open_cnl(args.file))
-    text = json.dumps(facts, ensure_ascii=False) if args.json else "\n".join(lines(facts))
-    print(text.encode("utf-8", "replace").decode())  # JSON can spell surrogates, which no terminal takes
+    if args.json:
+        print(to_json(facts))
+    else:
+        show(*lines(facts))
     return 0
 
 
@@ -50,7 +51,7 @@ def describe(file: CnlFile) -> dict[str, Any]:
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
-    """The facts for people. Texts of the file are printed without control characters."""
+    """The facts for people."""
     config, tokenizer, source = facts["config"], facts["tokenizer"], facts["source"]
     heads = f"{config['num_attention_heads']} heads over {config['num_key_value_heads']} of {config['head_dim']}"
     scaling = config["rope_scaling"]
@@ -75,4 +76,4 @@ def lines(facts: dict[str, Any]) -> list[str]:
         "kernels": facts["isa"],
     }
     width = max(map(len, rows))
-    return [f"{key:<{width}}  {printable(str(value))}" for key, value in rows.items()]
+    return [f"{key:<{width}}  {value}" for key, value in rows.items()]

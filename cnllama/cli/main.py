@@ -3,28 +3,27 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import importlib
 import os
+import select
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
 
-from cnllama.arguments import list_hint
+from cnllama import start
+from cnllama.cli.parser import Parser
 from cnllama.errors import CnllamaError, InputError
-from cnllama.textio import configure_stdio, decode_argument, tr
+from cnllama.start import INTERRUPTED
+from cnllama.stdio import configure_stdio, say
+from cnllama.textio import tr
 
 VERBS = ("run", "chat", "convert", "info", "verify", "plan", "export", "bench", "tokenizer", "adapt", "eval")
-INTERRUPTED = 130
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are InputErrors: one sentence, not the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises InputError."""
-        message += list_hint(self) if "required" in message else ""
-        raise InputError(tr(f"{message}: see {self.prog} --help", f"{message}：请看 {self.prog} --help"))
+_JUST_NOW = 1.0  # seconds
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,34 +32,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(arguments)
     try:
-        code = _dispatch([decode_argument(argument) for argument in arguments])
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_warn, warnings.showwarning)
+            code = _dispatch(arguments)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return _failed(tr("interrupted", "已中断"), INTERRUPTED, debug)
-    except BrokenPipeError:
-        _abandon_stdout()  # whoever read us has gone
-        return 0
+    except BrokenPipeError as error:
+        gone = _reader_has_gone()
+        _abandon_stdout()
+        return 0 if gone else _failed(str(error), CnllamaError.exit_code, debug)
     except CnllamaError as error:
-        return _failed(str(error), error.exit_code, debug)
+        return _failed(str(error), error.exit_code, debug, error.details)
     except MemoryError as error:
         message = tr("out of memory", "内存不足")
         return _failed(f"{message}: {error}" if str(error) else message, 1, debug)
     except OSError as error:
         _abandon_stdout()
         return _failed(str(error), CnllamaError.exit_code, debug)
-    except ImportError as error:
+    except Exception as error:
+        return _failed(*_explained(error), debug)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """The sentence and the exit code for what nobody was expected to raise."""
+    if time.monotonic() - start.interrupted_at < _JUST_NOW:
+        return tr("interrupted", "已中断"), INTERRUPTED  # in the native part of a library, which makes that of it
+    if isinstance(error, ImportError):
         # The native module refuses an instruction set that the machine lacks when it is imported.
         wrong_isa = str(error).startswith("CNLLAMA_ISA")
-        return _failed(str(error), InputError.exit_code if wrong_isa else CnllamaError.exit_code, debug)
-    except Exception as error:
-        hint = tr("this is a bug of cnllama; --debug shows where", "这是 cnllama 的错误；--debug 显示位置")
-        return _failed(f"{type(error).__name__}: {error} ({hint})", 1, debug)
-
-
-def run_main() -> int:
-    """`cnllama-run ...` is `cnllama run ...`."""
-    return main(["run", *sys.argv[1:]])
+        return str(error), InputError.exit_code if wrong_isa else CnllamaError.exit_code
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return tr(
+            "no further thread can be started: raise the limit of processes (ulimit -u)",
+            "无法再启动线程：请提高进程数上限（ulimit -u）",
+        ), CnllamaError.exit_code
+    hint = tr("this is a bug of cnllama; --debug shows where", "这是 cnllama 的错误；--debug 显示位置")
+    return f"{type(error).__name__}: {error} ({hint})", CnllamaError.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -102,7 +111,7 @@ def _print_help() -> None:
     print(tr("cnllama COMMAND --help shows the options.", "cnllama 命令 --help 显示选项。"))
 
 
-def _failed(message: str, code: int, debug: bool) -> int:
+def _failed(message: str, code: int, debug: bool, details: Iterable[str] = ()) -> int:
     if debug:
         import traceback
 
@@ -111,14 +120,28 @@ def _failed(message: str, code: int, debug: bool) -> int:
         sys.stdout.flush()
     except OSError:
         _abandon_stdout()
-    print(f"cnllama: {message}", file=sys.stderr)
+    say(f"cnllama: {message}", *details)
     return code
+
+
+def _warn(others: Any, message: Warning | str, category: type[Warning], filename: str, *place: Any) -> None:
+    """A warning of ours is one line; those of other packages look as always."""
+    if issubclass(category, UserWarning) and filename.startswith(_PACKAGE):
+        say(tr("cnllama: warning: ", "cnllama：警告：") + str(message))
+    else:
+        others(message, category, filename, *place)
+
+
+def _reader_has_gone() -> bool:
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return False
 
 
 def _abandon_stdout() -> None:
     """Points stdout at nothing: Python would complain, and change the exit code, when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    with suppress(OSError, ValueError):  # it has no descriptor, or is closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

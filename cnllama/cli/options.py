@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
 from cnllama.arguments import add_list_option, add_model_file
 from cnllama.errors import InputError
-from cnllama.textio import tr
+from cnllama.stdio import say
+from cnllama.textio import decode_argument, tr
 
 if TYPE_CHECKING:
     from cnllama.llm import LLM
@@ -31,7 +31,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--raw", action="store_true", help=tr("no template, as --template raw", "不用模板，即 --template raw")
     )
     group.add_argument(
-        "--system", metavar="TEXT", help=tr("system prompt instead of the template's", "代替模板的系统提示")
+        "--system",
+        type=decode_argument,
+        metavar="TEXT",
+        help=tr("system prompt instead of the template's", "代替模板的系统提示"),
     )
     group.add_argument("--ctx", type=int, metavar="N", help=tr("positions of the context", "上下文长度"))
     group.add_argument(
@@ -86,6 +89,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         group,
         "--stop",
         default=None,
+        type=decode_argument,
         metavar="TEXT",
         help=tr("end before these texts", "遇到这些文本即停止"),
     )
@@ -124,7 +128,7 @@ def open_model(args: argparse.Namespace) -> LLM:
             device=args.device,
         )
     for warning in caught:
-        print(tr("cnllama: warning: ", "cnllama：警告：") + str(warning.message), file=sys.stderr)
+        say(tr("cnllama: warning: ", "cnllama：警告：") + str(warning.message))
     return llm
 
 

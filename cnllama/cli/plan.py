@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from cnllama.arguments import add_model_file
+from cnllama.stdio import show
 from cnllama.textio import tr
 
 HELP = tr("memory that a model needs, against what there is", "模型需要的内存与现有内存")
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         (tr("available", "可用"), plan.available.bytes, source),
     ]
     for name, size, note in rows:
-        print(f"{name:<12}{_size(size):>12}  {note}".rstrip())
+        show(f"{name:<12}{_size(size):>12}  {note}".rstrip())
     print(tr("it fits", "放得下") if plan.fits else tr("it does not fit", "放不下"))
     for kv_type in KV_TYPES:
         other = make_plan(file.config, weights, kv_type=kv_type, sequences=args.sequences, available=plan.available)

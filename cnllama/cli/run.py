@@ -4,29 +4,34 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cnllama.cli.options import add_model_options, add_sampling_options, describe, open_model, sampling_changes
-from cnllama.errors import InputError
-from cnllama.textio import decode_text, read_text_file, tr
+from cnllama.errors import InputError, os_errors_explained
+from cnllama.start import INTERRUPTED
+from cnllama.stdio import say, to_json
+from cnllama.textio import decode_argument, decode_text, read_limited, read_text_file, tr
 
 if TYPE_CHECKING:
-    from cnllama.llm import LLM, Stream
-    from cnllama.request import Completion
+    from cnllama.llm import LLM
+    from cnllama.request import Completion, Stream
 
 HELP = tr("answer one prompt, streamed", "回答一个提示，流式输出")
-INTERRUPTED = 130
+MOST_TEXT = 1 << 26  # bytes of a prompt
 PATIENCE = 2.0  # seconds that a prompt may take without a progress bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `cnllama run`."""
     parser.add_argument(
-        "-p", "--prompt", metavar="TEXT", help=tr("the prompt; without it, what is piped in", "提示；不给则读管道输入")
+        "-p",
+        "--prompt",
+        type=decode_argument,
+        metavar="TEXT",
+        help=tr("the prompt; without it, what is piped in", "提示；不给则读管道输入"),
     )
     parser.add_argument(
         "-f", "--file", metavar="FILE", help=tr("prompt from a file, UTF-8 or GBK", "从文件读提示，UTF-8 或 GBK")
@@ -53,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
         with prefill_progress() as progress:
             stream = llm.stream(messages, progress=progress, logprobs=args.logprobs, **sampling_changes(args))
             if not args.json:
-                print(describe(llm), file=sys.stderr, flush=True)
+                say(describe(llm))
             interrupted = _print_stream(stream, quiet=args.json)
         completion = stream.completion
         reason = "interrupted" if interrupted else completion.finish_reason
         figures = _figures(llm, completion, args.stats) if args.stats or args.json or interrupted else {}
         if args.json:
-            print(json.dumps(_as_json(llm, completion, reason, figures), ensure_ascii=False))
+            print(to_json(_as_json(llm, completion, reason, figures)))
         elif figures:
             _print_stats(completion, reason, figures)
         return INTERRUPTED if interrupted else 0
@@ -97,8 +102,10 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return str(args.prompt)
     if args.file is not None:
-        return read_text_file(args.file)
-    piped = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+        return read_text_file(args.file, MOST_TEXT)
+    name = tr("standard input", "标准输入")
+    with os_errors_explained(name):
+        piped = b"" if sys.stdin.isatty() else read_limited(sys.stdin.buffer, name, MOST_TEXT)
     if not piped:
         raise InputError(
             tr(
@@ -106,7 +113,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
                 '没有提示：请用 -p "……"、-f 文件或管道输入',
             )
         )
-    return decode_text(piped, tr("standard input", "标准输入")).removesuffix("\n")
+    return decode_text(piped, name).removesuffix("\n")
 
 
 def _print_stream(stream: Stream, quiet: bool) -> bool:
@@ -137,8 +144,8 @@ def _print_stats(completion: Completion, reason: str, figures: dict[str, Any]) -
 
     names = {"stop": tr("the answer was complete", "回答完毕"), "interrupted": tr("interrupted", "已中断")}
     cut = tr("cut at the limit of tokens, -n or --ctx", "到达词元数上限（-n 或 --ctx）")
-    print(table(figures), file=sys.stderr)
-    print(tr("finish", "结束") + f": {reason} ({names.get(reason, cut)}) · seed {completion.seed}", file=sys.stderr)
+    say(*table(figures).split("\n"))
+    say(tr("finish", "结束") + f": {reason} ({names.get(reason, cut)}) · seed {completion.seed}")
 
 
 def _as_json(llm: LLM, completion: Completion, reason: str, figures: dict[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnllama.arguments import add_list_option, add_output_option
 from cnllama.files import Output
-from cnllama.textio import tr
+from cnllama.stdio import say, show, to_json
+from cnllama.textio import decode_argument, tr
 
 if TYPE_CHECKING:
     from cnllama.adapt.reading import ReadLog
@@ -66,6 +66,7 @@ def _add_input_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--template",
+        type=decode_argument,
         metavar="TEXT",
         help=tr(
             'the text of a JSON record without "text", e.g. "{title}\\n{paragraphs}"',
@@ -89,7 +90,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             group.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            group.add_argument(*flags, dest=name, type=kind, metavar="X", help=text)
+            group.add_argument(*flags, dest=name, type=decode_argument if kind is str else kind, metavar="X", help=text)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -115,7 +116,7 @@ def _train(args: argparse.Namespace) -> int:
         _print_problems(log)
         write(model)
     pieces = _pieces(model)
-    print(tr(f"{args.output}: {pieces:,} pieces", f"{args.output}：{pieces:,} 个词元"))
+    show(tr(f"{args.output}: {pieces:,} pieces", f"{args.output}：{pieces:,} 个词元"))
     return 0
 
 
@@ -130,6 +131,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     add_list_option(
         parser,
         "--user-defined",
+        type=decode_argument,
         metavar="TEXT",
         help=tr("more pieces, which are never split", "再加一些不可切分的词元"),
     )
@@ -151,8 +153,8 @@ def _merge(args: argparse.Namespace) -> int:
         ("[PAD]", int(merged.pad)),
         (tr("pieces", "合计"), merged.pieces),
     ]
-    print(format_table((str(args.output), tr("pieces", "词元数")), rows))
-    print(f"sha256 {merged.sha256}")
+    show(*format_table((str(args.output), tr("pieces", "词元数")), rows).split("\n"))
+    show(f"sha256 {merged.sha256}")
     return 0
 
 
@@ -183,13 +185,9 @@ def _report(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot_report(old, new, args.plot)
     if args.json:
-        print(
-            json.dumps(
-                {"file": str(args.file), "old": old.figures(), "new": new.figures()}, ensure_ascii=False, indent=2
-            )
-        )
+        print(to_json({"file": str(args.file), "old": old.figures(), "new": new.figures()}, indent=2))
     else:
-        print(report_table(old, new))
+        show(*report_table(old, new).split("\n"))
     return 0
 
 
@@ -208,4 +206,4 @@ def _pieces(model: bytes) -> int:
 
 def _print_problems(log: ReadLog) -> None:
     for line in log.lines():
-        print(f"cnllama: {line}", file=sys.stderr)
+        say(f"cnllama: {line}")

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from cnllama.arguments import add_model_file
-from cnllama.errors import CnllamaError, printable
+from cnllama.errors import CnllamaError
 from cnllama.format import CnlFile, open_cnl
+from cnllama.stdio import show
 
 HELP = "re-check a .cnl file: hashes, tensors, fingerprint, tokenizer"
 _LISTED = 10
@@ -50,7 +51,7 @@ def _verify(file: CnlFile) -> list[str]:
             if not check.passed:
                 failed.append(check.name)
             bar.clear()
-            print(f"{'ok    ' if check.passed else 'FAILED'}  {check.name:<10} {printable(check.detail)}", flush=True)
+            show(f"{'ok    ' if check.passed else 'FAILED'}  {check.name:<10} {check.detail}")
     return failed
 
 
@@ -59,11 +60,11 @@ def _compare(file: CnlFile, other: CnlFile) -> bool:
 
     differences = compare(file, other)
     if not differences:
-        print(f"ok      {'same model':<10} as {other.path}")
+        show(f"ok      {'same model':<10} as {other.path}")
         return True
-    print(f"FAILED  {'same model':<10} {len(differences)} differences from {other.path}:")
+    show(f"FAILED  {'same model':<10} {len(differences)} differences from {other.path}:")
     for difference in differences[:_LISTED]:
-        print(f"        {printable(difference)}")
+        show(f"        {difference}")
     if len(differences) > _LISTED:
-        print(f"        and {len(differences) - _LISTED} more")
+        show(f"        and {len(differences) - _LISTED} more")
     return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,8 @@ from cnllama.eval.models import EngineScorer, Item
 from cnllama.eval.numerics import target_logprobs
 from cnllama.llm import LLM
 from cnllama.sampling import SamplingParams
+from cnllama.start import INTERRUPTED
+from cnllama.stdio import say
 from cnllama.templates import encode_chat
 
 _log = logging.getLogger(__name__)
@@ -261,8 +262,11 @@ def main() -> None:
     try:
         cli_evaluate()
     except CnllamaError as error:
-        print(f"cnllama: {error}", file=sys.stderr)
+        say(f"cnllama: {error}", *error.details)
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say("cnllama: interrupted")
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

@@ -259,5 +259,7 @@ def _run(llm: LLM, work: Sequence[tuple[int, Sequence[int], bool]]) -> FloatArra
     try:
         logits: FloatArray = llm.engine.step(batch)
     except (ValueError, RuntimeError) as error:
+        llm.check_weights()
         raise CnllamaError(f"{llm.path}: {error}; check the file with: cnllama verify {llm.path}") from error
+    llm.check_weights()
     return logits

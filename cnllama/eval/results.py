@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from cnllama.errors import printable
 from cnllama.eval.answers import Answer
 from cnllama.eval.benchmarks import Benchmark
 from cnllama.eval.numerics import sign_test
@@ -89,6 +90,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _line(name: str, counts: dict[str, Any], key: str) -> str:
+    name = printable(name)  # of a file
     if key not in counts:
         return f"| {name} | {counts['questions']} | | |"
     return f"| {name} | {counts['questions']} | {counts['correct']} | {counts[key]:.1%} |"

@@ -161,9 +161,12 @@ class StoredScorer:
                 n = min(_ROWS, len(item.ids) - position)
                 values, exact = self._values[row : row + n], self._exact[row : row + n]
                 if not (np.isfinite(values).all() and np.isfinite(exact).all() and (exact <= 0).all()):
+                    self._file.check_unchanged()
                     self._file.refuse(f"row {row:,} and the {n - 1} after it hold what is no log probability", _AGAIN)
                 inside = position - item.begin
-                yield Rows(number, position, _with_exact(values, self._targets[number][inside : inside + n], exact))
+                found = _with_exact(values, self._targets[number][inside : inside + n], exact)
+                self._file.check_unchanged()
+                yield Rows(number, position, found)
                 row += n
             if progress:
                 progress(len(item.ids))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnllama.config import EMBEDDING
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 from cnllama.eval.models import EngineScorer, Progress, Scorer
 from cnllama.eval.perplexity import compare, perplexity
 from cnllama.eval.stored import Origin, SavingScorer, Statistics, StoredScorer, stored_bytes
@@ -39,7 +39,7 @@ def progress_bar(name: str, tokens: int) -> Iterator[Progress]:
     from tqdm import tqdm
 
     quiet = not sys.stderr.isatty()
-    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=name, disable=quiet, file=sys.stderr) as bar:
+    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=printable(name), disable=quiet, file=sys.stderr) as bar:
         yield bar.update
 
 

@@ -124,6 +124,7 @@ def export(file: CnlFile, output: Path, *, wanted: str = "auto", progress: bool 
             error = _write(writer, file, tensor, types[name])
             if tensor.scheme != "f32":
                 matrices.append(ExportedMatrix(name, tensor.scheme, types[name], error))
+            file.check_unchanged()
             file.release(name)
             bar.update(tensor.rows * tensor.cols)
         if metadata.rope_factors is not None:

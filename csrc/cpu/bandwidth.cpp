@@ -35,6 +35,7 @@ std::uint64_t sum_words(const std::uint64_t* words, std::int64_t count) {
 }  // namespace
 
 double read_bandwidth(int threads, std::int64_t bytes, int rounds) {
+    ThreadPool pool(threads);
     void* memory =
         mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -43,7 +44,6 @@ double read_bandwidth(int threads, std::int64_t bytes, int rounds) {
 #endif
     std::memset(memory, 1, static_cast<std::size_t>(bytes));
 
-    ThreadPool pool(threads);
     const std::int64_t words = bytes / 8;
     const auto* data = static_cast<const std::uint64_t*>(memory);
     std::atomic<std::uint64_t> sink{0};

@@ -12,7 +12,7 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Kernels kAvx2Kernels = make_table("avx2");
+constinit const Kernels kAvx2Kernels = make_table("avx2");
 
 }  // namespace cnl::cpu
 #endif

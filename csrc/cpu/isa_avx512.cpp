@@ -16,7 +16,7 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Kernels kAvx512Kernels = make_table("avx512");
+constinit const Kernels kAvx512Kernels = make_table("avx512");
 
 }  // namespace cnl::cpu
 #endif

@@ -13,7 +13,7 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Kernels kAvxVnniKernels = make_table("avxvnni");
+constinit const Kernels kAvxVnniKernels = make_table("avxvnni");
 
 }  // namespace cnl::cpu
 #endif

@@ -15,7 +15,7 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Kernels kNeonDotprodKernels = make_table("neon-dotprod");
+constinit const Kernels kNeonDotprodKernels = make_table("neon-dotprod");
 
 }  // namespace cnl::cpu
 #endif

@@ -15,7 +15,7 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Kernels kNeonI8mmKernels = make_table("neon-i8mm");
+constinit const Kernels kNeonI8mmKernels = make_table("neon-i8mm");
 
 }  // namespace cnl::cpu
 #endif

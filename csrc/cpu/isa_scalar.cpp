@@ -10,6 +10,6 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Kernels kScalarKernels = make_table("scalar");
+constinit const Kernels kScalarKernels = make_table("scalar");
 
 }  // namespace cnl::cpu

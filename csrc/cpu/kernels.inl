@@ -9,18 +9,15 @@
 #include "kernels_matmul.inl"
 #include "kernels_quantize.inl"
 
-#define CNL_TO_6(kernel, shape) \
-    kernel<shape, 1>, kernel<shape, 2>, kernel<shape, 3>, kernel<shape, 4>, kernel<shape, 5>, kernel<shape, 6>
-#define CNL_TO_12(kernel, shape)                                                                      \
-    CNL_TO_6(kernel, shape), kernel<shape, 7>, kernel<shape, 8>, kernel<shape, 9>, kernel<shape, 10>, \
-        kernel<shape, 11>, kernel<shape, 12>
-#define CNL_SHAPES(list, kernel)                                                                       \
-    {                                                                                                  \
-        {list(kernel, 0)}, {list(kernel, 1)}, {list(kernel, 2)}, {list(kernel, 3)}, {list(kernel, 4)}, \
-            {list(kernel, 5)}, {list(kernel, 6)}, {list(kernel, 7)}, {                                 \
-            list(kernel, 8)                                                                            \
-        }                                                                                              \
-    }
+/// 0, 1, .. kCount - 1 as Numbers.
+template <int... kEach>
+struct Numbers {};
+template <int kCount, int... kRest>
+struct Up : Up<kCount - 1, kCount - 1, kRest...> {};
+template <int... kEach>
+struct Up<0, kEach...> {
+    using To = Numbers<kEach...>;
+};
 
 inline std::uint64_t read_lines(const std::uint8_t* lines, std::int64_t count) {
     typedef std::uint64_t Words __attribute__((vector_size(32), may_alias));
@@ -36,26 +33,28 @@ inline std::uint64_t read_lines(const std::uint8_t* lines, std::int64_t count) {
     return a[0] + a[1] + a[2] + a[3];
 }
 
-constexpr Kernels make_table(const char* name) {
-    return {name,
-            CNL_SHAPES(CNL_TO_12, stream_panel),
-            CNL_SHAPES(CNL_TO_6, pair),
-            expand,
-            rms_factor,
-            quantize_span,
-            swiglu,
-            exp_row,
-            rope,
-            kv_store,
-            attention_chunk,
-            attention_merge,
-            attention_finish,
-            quantize_group,
-            int8_peak,
-            float_peak,
-            read_lines};
+template <int kShape, int... kFew, int... kSome>
+constexpr void add_shape(Kernels& table, Numbers<kFew...>, Numbers<kSome...>) {
+    ((table.pair[kShape][kFew] = pair<kShape, kFew + 1>), ...);
+    ((table.stream_panel[kShape][kSome] = stream_panel<kShape, kSome + 1>), ...);
 }
 
-#undef CNL_SHAPES
-#undef CNL_TO_12
-#undef CNL_TO_6
+/// A kernel for every shape and number of tokens that the table has room for: none can be forgotten.
+template <int... kShape>
+constexpr void add_shapes(Kernels& table, Numbers<kShape...>) {
+    (add_shape<kShape>(table, Up<kTileTokens>::To(), Up<kStreamTokens>::To()), ...);
+}
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic error "-Wmissing-field-initializers"  // of the others none, either
+
+constexpr Kernels make_table(const char* name) {
+    Kernels table = {
+        name,      {},         {},        expand,          rms_factor,      quantize_span,    swiglu,
+        exp_row,   rope,       kv_store,  attention_chunk, attention_merge, attention_finish, quantize_group,
+        int8_peak, float_peak, read_lines};
+    add_shapes(table, Up<kShapeCount>::To());
+    return table;
+}
+
+#pragma GCC diagnostic pop

@@ -17,6 +17,7 @@ inline void multiply(const MatmulTile& t) {
     constexpr int kColumns = kShape.group / kPerScale;
     constexpr int kBlocks = kColumns / 32;
     constexpr int kGroupBytes = 16 * kColumns * kShape.bits / 8;
+    static_assert(kShape.bits == 4 || kShape.bits == 8);
     static_assert(!kAsym || kColumns == 64, "the whole sums are those of 64 columns");
 
     const std::uint8_t* w[N];

@@ -8,9 +8,12 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "../fork.hpp"
 
 namespace cnl {
 namespace {
@@ -48,7 +51,7 @@ struct alignas(64) Cursor {
 
 }  // namespace
 
-struct ThreadPool::State {
+struct ThreadPool::State final : ForkAware {
     int size = 1;
     std::vector<std::thread> workers;
     std::mutex one_run;
@@ -70,7 +73,7 @@ struct ThreadPool::State {
     std::size_t scratch_bytes = 0;
     std::vector<std::atomic<std::uint32_t>> counters;
 
-    ~State() { ::operator delete(scratch, kAlign); }
+    ~State() override { ::operator delete(scratch, kAlign); }
 
     void execute(ThreadPool& pool, int index) {
         Team team(pool, index);
@@ -96,11 +99,40 @@ struct ThreadPool::State {
         }
     }
 
+    void start(ThreadPool& pool) {
+        stopping = false;
+        epoch.store(0, std::memory_order_relaxed);
+        try {
+            while (static_cast<int>(workers.size()) + 1 < size) {
+                const int index = static_cast<int>(workers.size()) + 1;
+                workers.emplace_back([this, &pool, index] { work(pool, index); });
+            }
+        } catch (const std::system_error& error) {
+            stop();
+            throw ThreadError(std::to_string(size) + " threads cannot be started (" + error.code().message() +
+                              "): use fewer, or raise the limit of processes (ulimit -u)");
+        } catch (...) {
+            stop();
+            throw;
+        }
+    }
+
     void stop() {
         stopping = true;
         epoch.fetch_add(1, std::memory_order_release);
         epoch.notify_all();
         for (std::thread& worker : workers) worker.join();
+        workers.clear();
+    }
+
+    /// The workers do not exist here: they can be neither joined nor told. What a run has not cleared in a parent that
+    /// was in the middle of one is cleared here.
+    void after_fork() noexcept override {
+        new (&workers) std::vector<std::thread>;
+        new (&one_run) std::mutex;
+        new (&failure_mutex) std::mutex;
+        new (&failure) std::exception_ptr;
+        for (auto& counter : counters) counter.store(0, std::memory_order_relaxed);
     }
 };
 
@@ -109,12 +141,7 @@ ThreadPool::ThreadPool(int threads) : state_(std::make_unique<State>()) {
         throw std::invalid_argument("a thread pool needs at least 1 thread, not " + std::to_string(threads));
     state_->size = threads;
     state_->cursors = std::make_unique<Cursor[]>(static_cast<std::size_t>(threads));
-    try {
-        for (int i = 1; i < threads; ++i) state_->workers.emplace_back([this, i] { state_->work(*this, i); });
-    } catch (...) {
-        state_->stop();
-        throw;
-    }
+    state_->start(*this);
 }
 
 ThreadPool::~ThreadPool() { state_->stop(); }
@@ -126,6 +153,7 @@ std::int64_t ThreadPool::barriers() const { return state_->barriers.load(std::me
 void ThreadPool::run(const std::function<void(Team&)>& job) {
     State& s = *state_;
     const std::scoped_lock lock(s.one_run);
+    if (static_cast<int>(s.workers.size()) + 1 < s.size) s.start(*this);
     s.job = &job;
     s.failed.store(false, std::memory_order_relaxed);
     s.arrived.store(0, std::memory_order_relaxed);

@@ -165,6 +165,7 @@ void embed(const Queue& queue, const Tiles& table, const StepRows& step, const s
            float* x) {
     constexpr void (*kKernels[kSchemeCount])(Tiles, StepRows, const std::int32_t*, float*) = {
         embed_kernel<0>, embed_kernel<1>, embed_kernel<2>, embed_kernel<3>};
+    static_assert(is_complete(kKernels));
     launch(queue, "embed", kKernels[table.scheme],
            {dim3(blocks(table.cols, kThreads), static_cast<unsigned>(tokens)), dim3(kThreads)}, table, step, chosen, x);
 }

@@ -8,12 +8,13 @@
 #include <bit>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../bind_model.hpp"
+#include "../engine_lock.hpp"
 #include "../model.hpp"
 #include "context.hpp"
 #include "memory_plan.hpp"
@@ -23,10 +24,6 @@ namespace py = pybind11;
 
 namespace cnl::cuda {
 namespace {
-
-using Ids = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
-
-using Batch = std::vector<std::tuple<int, Ids, bool>>;
 
 /// Refuses weights that no kernel reads.
 void require_kernels(const py::dict& tensors) {
@@ -39,6 +36,7 @@ void require_kernels(const py::dict& tensors) {
     }
 }
 
+/// Every method may be called from any thread: one is in the engine at a time, the others wait.
 class Engine {
  public:
     Engine(const py::dict& config, const py::dict& tensors, int threads, std::int64_t context,
@@ -73,20 +71,30 @@ class Engine {
     }
 
     int open(std::int64_t rope_length) {
-        return model_->open(bind::within("rope_length", rope_length, 0, std::int64_t(1) << 31));
+        bind::within("rope_length", rope_length, 0, std::int64_t(1) << 31);
+        return bind::alone(lock_, [&] { return model_->open(rope_length); });
     }
-    void close(int sequence) { model_->close(sequence); }
-    std::int64_t length(int sequence) { return model_->cache().length(sequence); }
-    void trim(int sequence, std::int64_t length) { model_->cache().trim(sequence, length); }
+    void close(int sequence) {
+        bind::alone(lock_, [&] { model_->close(sequence); });
+    }
+    std::int64_t length(int sequence) {
+        return bind::alone(lock_, [&] { return model_->cache().length(sequence); });
+    }
+    void trim(int sequence, std::int64_t length) {
+        bind::alone(lock_, [&] { model_->cache().trim(sequence, length); });
+    }
 
-    py::array_t<float> step(const Batch& batch) {
-        const std::vector<StepEntry> entries = checked(batch);
+    py::array_t<float> step(const bind::Batch& batch) {
+        const bind::StepBatch given(batch);
+        const std::vector<StepEntry>& entries = given.entries();
+        check_step(entries);
         const std::int64_t rows = Model::output_rows(entries), vocab = model_->config().vocab_size;
         py::array_t<float> logits({rows, vocab});
         float* out = logits.mutable_data();
         const auto bytes = static_cast<std::size_t>(rows * vocab) * sizeof(float);
         {
             py::gil_scoped_release release;
+            const std::scoped_lock held(lock_);
             guarded(entries, [&] {
                 Context& context = device_context();
                 float* on_device = context.logits(rows);
@@ -99,9 +107,11 @@ class Engine {
     }
 
     /// (ids, logits) [rows, k] of the k largest, chosen on the device.
-    py::tuple step_top(const Batch& batch, std::int64_t k) {
+    py::tuple step_top(const bind::Batch& batch, std::int64_t k) {
         bind::within("k", k, 1, max_top());
-        const std::vector<StepEntry> entries = checked(batch);
+        const bind::StepBatch given(batch);
+        const std::vector<StepEntry>& entries = given.entries();
+        check_step(entries);
         const std::int64_t rows = Model::output_rows(entries);
         const int width = std::max(kLeastTop, static_cast<int>(std::bit_ceil(static_cast<unsigned>(k))));
         py::array_t<std::int32_t> ids({rows, k});
@@ -110,6 +120,7 @@ class Engine {
         float* to_values = values.mutable_data();
         {
             py::gil_scoped_release release;
+            const std::scoped_lock held(lock_);
             guarded(entries, [&] {
                 Context& context = device_context();
                 float* on_device = context.logits(rows);
@@ -125,15 +136,14 @@ class Engine {
     }
 
     /// Greedy tokens [count, sequences], each step's chosen on the device from the one before.
-    py::array_t<std::int32_t> generate(const std::vector<int>& sequences, const Ids& first, std::int64_t count) {
+    py::array_t<std::int32_t> generate(const std::vector<int>& sequences, const bind::Ids& first, std::int64_t count) {
         if (first.ndim() != 1 || static_cast<std::size_t>(first.size()) != sequences.size())
             throw py::value_error("there must be one token for every sequence");
         bind::within("count", count, 1, std::int64_t(1) << 20);
+        const std::vector<std::int32_t> ids(first.data(), first.data() + first.size());
         std::vector<StepEntry> entries;
-        for (std::size_t i = 0; i < sequences.size(); ++i)
-            entries.push_back({sequences[i], {first.data() + i, 1}, false});
-        model_->check(entries);
-        check_limit(entries);
+        for (std::size_t i = 0; i < sequences.size(); ++i) entries.push_back({sequences[i], {&ids[i], 1}, false});
+        check_step(entries);
         const auto n = static_cast<std::int64_t>(sequences.size());
         py::array_t<std::int32_t> chosen({count, n});
         std::int32_t* out = chosen.mutable_data();
@@ -141,6 +151,7 @@ class Engine {
         auto* tokens = reinterpret_cast<std::int32_t*>(ring.get());
         {
             py::gil_scoped_release release;
+            const std::scoped_lock held(lock_);
             guarded(entries, [&] {
                 Context& context = device_context();
                 float* logits = context.logits(n);
@@ -163,10 +174,11 @@ class Engine {
     py::dict memory() {
         py::dict sizes;
         const KvLayout& kv = model_->cache().layout();
+        const std::size_t own = bind::alone(lock_, [&] { return device_context().bytes(); });
         sizes["weights"] = weights_->bytes();
         sizes["kv_reserved"] = kv.page_bytes() * static_cast<std::size_t>(model_->cache().pages_total());
         sizes["kv_per_token"] = per_token_;
-        sizes["scratch"] = scratch_bytes(model_->config(), model_->max_step_tokens()) + device_context().bytes();
+        sizes["scratch"] = scratch_bytes(model_->config(), model_->max_step_tokens()) + own;
         return sizes;
     }
 
@@ -177,7 +189,9 @@ class Engine {
     std::int64_t max_top() const { return std::min<std::int64_t>(vocab_size(), kMaxTop); }
     const std::string& kv_type() const { return kv_type_; }
     const std::string& device() const { return device_.name; }
-    std::int64_t replays() { return device_context().replays(); }
+    std::int64_t replays() {
+        return bind::alone(lock_, [&] { return device_context().replays(); });
+    }
 
  private:
     Context& device_context() { return context_of(model_->threads()); }
@@ -191,19 +205,9 @@ class Engine {
         weights_->finish();
     }
 
-    std::vector<StepEntry> checked(const Batch& batch) const {
-        std::vector<StepEntry> entries;
-        for (const auto& [sequence, ids, all_logits] : batch) {
-            if (ids.ndim() != 1) throw py::value_error("token ids must be a one-dimensional array");
-            entries.push_back({sequence, {ids.data(), static_cast<std::size_t>(ids.size())}, all_logits});
-        }
-        model_->check(entries);
-        check_limit(entries);
-        return entries;
-    }
-
-    /// The model has room for more rows than were asked for.
-    void check_limit(const std::vector<StepEntry>& entries) const {
+    /// Throws for a step that cannot run; the model itself has room for more rows than were asked for.
+    void check_step(const std::vector<StepEntry>& entries) {
+        bind::alone(lock_, [&] { model_->check(entries); });
         std::int64_t tokens = 0;
         for (const StepEntry& entry : entries) tokens += static_cast<std::int64_t>(entry.tokens.size());
         if (tokens > max_step_tokens_)
@@ -253,6 +257,7 @@ class Engine {
         for (std::int64_t i = 0; i < rows; ++i) std::copy_n(all.data() + i * width, k, out + i * k);
     }
 
+    EngineLock lock_{true};
     std::int64_t context_length_, max_step_tokens_;
     std::string kv_type_;
     Device device_;

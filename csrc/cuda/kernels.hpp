@@ -11,6 +11,15 @@
 
 namespace cnl::cuda {
 
+/// Whether a table of kernels by scheme has one everywhere, but where there is none on purpose: a list that is shorter
+/// than its array leaves nulls at the end.
+template <typename Kernel>
+constexpr bool is_complete(const Kernel (&table)[kSchemeCount], int none = -1) {
+    for (int i = 0; i < kSchemeCount; ++i)
+        if ((table[i] == nullptr) != (i == none)) return false;
+    return true;
+}
+
 /// Quantized activations (tile.hpp), token_blocks(tokens) blocks of them.
 struct Act {
     std::int8_t* values = nullptr;

@@ -150,6 +150,7 @@ Kernel of_scheme(int scheme) {
     constexpr Kernel kKernels[kSchemeCount] = {
         large_kernel<0, kMatrices, kTokenWarps>, large_kernel<1, kMatrices, kTokenWarps>,
         kTokenWarps == 2 ? large_kernel<kSmallGroups, kMatrices, 2> : nullptr, large_kernel<3, kMatrices, kTokenWarps>};
+    static_assert(is_complete(kKernels, kTokenWarps == 2 ? -1 : kSmallGroups));
     return kKernels[scheme];
 }
 

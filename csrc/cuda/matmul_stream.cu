@@ -149,6 +149,7 @@ Kernel of_scheme(int scheme) {
     constexpr Kernel kKernels[kSchemeCount] = {
         stream_kernel<0, kMatrices, kBlocks, kDot>, stream_kernel<1, kMatrices, kBlocks, kDot>,
         stream_kernel<2, kMatrices, kBlocks, kDot>, stream_kernel<3, kMatrices, kBlocks, kDot>};
+    static_assert(is_complete(kKernels));
     return kKernels[scheme];
 }
 

@@ -95,6 +95,7 @@ void repack(const Queue& queue, const layout::Scheme& scheme, const std::uint8_t
             std::int64_t cols, std::int64_t pair_begin, std::int64_t pair_end, std::uint8_t* tiles) {
     constexpr void (*kKernels[kSchemeCount])(RepackArgs) = {repack_kernel<0>, repack_kernel<1>, repack_kernel<2>,
                                                             repack_kernel<3>};
+    static_assert(is_complete(kKernels));
     RepackArgs a{};
     a.panels = panels;
     a.tiles = tiles;

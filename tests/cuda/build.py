@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ("model.cpp", "rope.cpp", "kv_cache.cpp", "bind_model.cpp")
+SHARED = ("model.cpp", "rope.cpp", "kv_cache.cpp", "bind_model.cpp", "fork.cpp")
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 WARNINGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-pragmas")  # `#pragma unroll` is nvcc's
 
