@@ -278,7 +278,7 @@ def _write_found(place: Workplace, name: str, limit: int) -> None:
 
 
 def found_after(place: Workplace, name: str, limit: int) -> tuple[int, str]:
-    """(inputs that were run, key of the first finding that is there with the fault and gone without it; "" for none)."""
+    """(inputs that were run, key of the first finding that is gone without the fault, "" for none)."""
     target = FAULTS[name].target
     number = 0
     while number < limit:

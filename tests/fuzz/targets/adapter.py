@@ -15,7 +15,7 @@ from fuzz.case import Case, Content
 from fuzz.engine import Target
 from fuzz.targets.checkpoint import ODD_NAMES, TOKENIZER_HINTS, damaged_json, run_conversion
 
-BASE, LORA = "base", "lora"
+BASE, LORA, SECOND = "base", "lora", "second"
 _PATTERNS = [{pattern: 4} for pattern in mutate_json.PATTERNS]
 _MODULES = ["q_proj", "v_proj", "embed_tokens", "lm_head", "all-linear", "down_proj"]
 HINTS: mutate_json.Hints = {
@@ -75,7 +75,7 @@ _FILES = (
     (50, "adapter_config.json"), (36, "adapter_model.safetensors"), (4, "tokenizer.model"),
     (4, "tokenizer_config.json"), (3, "added_tokens.json"), (3, "special_tokens_map.json"),
 )  # fmt: skip
-_VARIANTS = ("plain", "patterns", "grown", "embedding")
+_VARIANTS = ("plain", "patterns", "grown", "embedding", "chain")
 
 
 class Adapter(Target):
@@ -103,8 +103,10 @@ class Adapter(Target):
         seeds.adapter(folder / "patterns" / LORA, mixed, **patterns, use_rslora=True)
         rows = models.piece_count(seeds.grown_tokenizer())
         saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
-        grown = seeds.adapter(folder / "grown" / LORA, {**seeds.layer_pairs(), **seeds.saved_rows(rows)}, **saved)
-        models.write_tokenizer(grown, seeds.grown_tokenizer())
+        for variant in ("grown", "chain"):
+            grown = seeds.adapter(folder / variant / LORA, {**seeds.layer_pairs(), **seeds.saved_rows(rows)}, **saved)
+            models.write_tokenizer(grown, seeds.grown_tokenizer())
+        seeds.adapter(folder / "chain" / SECOND, seeds.layer_pairs())
         random_values = np.random.default_rng(5)
         table = "base_model.model.model.embed_tokens.lora_embedding_"
         pair = {
@@ -140,11 +142,12 @@ class Adapter(Target):
         return Case(variant, files, {"how": how, "name": name, "twice": rng.random() < 0.06}, steps)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return (str(folder / case.call["name"]), str(folder / BASE))
+        return tuple(str(folder / name) for name in (case.call["name"], BASE, SECOND))
 
     def run(self, case: Case, folder: Path) -> str:
         lora = folder / case.call["name"]
         if case.call["name"] != LORA:
             (folder / LORA).rename(lora)
-        loras = [lora] * (1 + case.call["twice"])
+        second = folder / SECOND
+        loras = [lora, lora] if case.call["twice"] else [lora, second] if second.exists() else [lora]
         return run_conversion(case.call["how"], folder / BASE, loras, folder)

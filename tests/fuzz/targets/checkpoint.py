@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,12 @@ from fuzz import engine, mutate_bytes, mutate_json, mutate_proto, mutate_safeten
 from fuzz.case import Case, Content
 from fuzz.engine import FindingError, Target
 
-BASE, OUT = "base", "out.cnl"
+BASE, OTHER, OUT = "base", "other", "out.cnl"
 _TOKEN = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True, "special": True}
+TEMPLATES = (
+    "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% for %}",
+    "{% for x in range(10**9) %}{{ x }}{% endfor %}", "{{ 'a' * 10**10 }}", "[INST] {{ messages[0]['content'] }} [/INST]",
+)  # fmt: skip
 CONFIG_HINTS: mutate_json.Hints = {
     "architectures": [["LlamaForCausalLM"], ["GPT2LMHeadModel"], []],
     "model_type": ["llama", "mistral", "gpt2", None],
@@ -77,7 +82,7 @@ TOKENIZER_HINTS: mutate_json.Hints = {
         {"²": _TOKEN},
     ],
     "added_tokens": [[], [{"id": 330, "content": "x"}], [{"id": 1, "content": "<s>"}]],
-    "chat_template": ["{{ x }}", "{% for %}", [{"name": "default", "template": "{{ messages }}"}]],
+    "chat_template": [*TEMPLATES, [{"name": "default", "template": "{{ messages }}"}]],
     "tokenizer_class": ["LlamaTokenizer", "PreTrainedTokenizerFast", "CodeLlamaTokenizer"],
     "sp_model_kwargs": [{}, {"enable_sampling": True}],
     "clean_up_tokenization_spaces": [True, False],
@@ -94,7 +99,7 @@ TENSORS = (
 _FILES = (
     (22, "config.json"), (8, "generation_config.json"), (8, "model.safetensors.index.json"), (20, "weights"),
     (14, "tokenizer.model"), (10, "tokenizer_config.json"), (5, "special_tokens_map.json"), (6, "added_tokens.json"),
-    (5, "tokenizer.json"),
+    (5, "tokenizer.json"), (2, "chat_template.jinja"), (1, "chat_template.json"),
 )  # fmt: skip
 _JSON_HINTS = {
     "config.json": CONFIG_HINTS,
@@ -124,23 +129,30 @@ class Checkpoint(Target):
         full = seeds.checkpoint(folder / "full" / BASE, shards=2, vocab_size=334, rope_scaling=seeds.YARN, head_dim=16)
         seeds.whole_tokenizer(full, 334)
         seeds.checkpoint(folder / "tied" / BASE, tie_word_embeddings=True, attention_bias=True, num_key_value_heads=2)
+        for variant in _VARIANTS:
+            (folder / variant / OTHER).mkdir()
+            for path in (folder / variant / BASE).glob("*token*.*"):
+                os.link(path, folder / variant / OTHER / path.name)
 
     def mutant(self, rng: random.Random) -> Case:
         variant = rng.choice(_VARIANTS)
         files: dict[str, Content] = {}
         steps: list[str] = []
         how = rng.choices(("plan", "convert", "command", "values", "merge", "gguf"), (80, 8, 5, 3, 2, 2))[0]
-        name = BASE
+        name, override = BASE, rng.random() < 0.08
+        if override:
+            steps.append("with --tokenizer")
         for _ in range(rng.choice([1, 1, 1, 1, 2])):
             file, content, done = self._damage(rng, variant)
-            files[f"{BASE}/{file}"] = content
+            own = "token" in file and override and rng.random() < 0.5
+            files[f"{OTHER if own else BASE}/{file}"] = content
             steps += [f"{file}: {step}" for step in done]
             if file == "generation_config.json" or (file.startswith("tokenizer") and rng.random() < 0.4):
                 how = rng.choice(["convert", "convert", "command", "vocabulary", "gguf"])
         if rng.random() < 0.02:
             name = rng.choice(ODD_NAMES)
             steps.append(f"the directory is called {name!a}")
-        return Case(variant, files, {"how": how, "name": name}, steps)
+        return Case(variant, files, {"how": how, "name": name, "tokenizer": override}, steps)
 
     def _damage(self, rng: random.Random, variant: str) -> tuple[str, Content, list[str]]:
         found = self.found[variant]
@@ -155,16 +167,21 @@ class Checkpoint(Target):
             return file, *mutate_safetensors.mutate(rng, data, TENSORS)
         if file == "tokenizer.model":
             return file, *mutate_proto.mutate(rng, data)
+        if file == "chat_template.jinja":
+            text = rng.choice([*TEMPLATES, rng.choice(mutate_json.STRINGS)]).encode("utf-8", "surrogatepass")
+            changed, step = mutate_bytes.mutate(rng, text)
+            return file, changed, [step]
         return file, *damaged_json(rng, data, _JSON_HINTS.get(file, TOKENIZER_HINTS))
 
     def run(self, case: Case, folder: Path) -> str:
         base = folder / case.call["name"]
         if case.call["name"] != BASE:
             (folder / BASE).rename(base)
-        return run_conversion(case.call["how"], base, [], folder)
+        tokenizer = folder / OTHER if case.call["tokenizer"] else None
+        return run_conversion(case.call["how"], base, [], folder, tokenizer)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return (str(folder / case.call["name"]),)
+        return (str(folder / case.call["name"]), str(folder / OTHER))
 
 
 def damaged_json(rng: random.Random, data: bytes, hints: mutate_json.Hints) -> tuple[bytes, list[str]]:
@@ -176,7 +193,7 @@ def damaged_json(rng: random.Random, data: bytes, hints: mutate_json.Hints) -> t
     return mutate_json.dump(tree), steps
 
 
-def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path) -> str:
+def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path, tokenizer: Path | None = None) -> str:
     """Plans or converts in one of the product's ways. Raises what it raises, and FindingError for what is wrong."""
     from cnllama.convert.pack import convert, make_plan, merged_tensors
 
@@ -190,7 +207,7 @@ def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path) ->
         return f"command {code}"
     if how == "convert":
         try:
-            report = convert(base, loras, out, threads=1)
+            report = convert(base, loras, out, threads=1, tokenizer=tokenizer)
         except CnllamaError:
             check_written(out, done=False)
             raise
@@ -211,7 +228,7 @@ def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path) ->
 
         open_vocabulary(base).tokenizer.encode("从前有 a river,\n👋")
         return how
-    plan = make_plan(base, loras)
+    plan = make_plan(base, loras, tokenizer)
     check_plan(plan)
     for file in (lora / "adapter_model.safetensors" for lora in loras):
         check_container(file)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 from fuzz import mutate_bytes, mutate_pickle, seeds
 from fuzz.case import Case, Special
 from fuzz.engine import Target
-from fuzz.targets.checkpoint import run_conversion
+from fuzz.targets.checkpoint import damaged_json, run_conversion
 
 BASE, LORA = "base", "lora"
 _WHOLE, _ADAPTER = f"{BASE}/pytorch_model.bin", f"{LORA}/adapter_model.bin"
+_INDEX = f"{BASE}/pytorch_model.bin.index.json"
 _ODD = (
     "nested",
     "parameters",
@@ -39,7 +40,7 @@ class PickleBin(Target):
         self.files = {
             (variant.name, name): path.read_bytes()
             for variant in sorted(folder.iterdir())
-            for name in (_WHOLE, _ADAPTER)
+            for name in (_WHOLE, _ADAPTER, _INDEX, f"{BASE}/pytorch_model-00002-of-00002.bin")
             if (path := variant / name).exists()
         }
 
@@ -54,6 +55,7 @@ class PickleBin(Target):
                 torch.save(state, base / "pytorch_model.bin", _use_new_zipfile_serialization=False)
             elif variant in _ODD:
                 torch.save(_odd(torch, variant, torch.load(base / "pytorch_model.bin")), base / "pytorch_model.bin")
+        seeds.checkpoint(folder / "shards" / BASE, kind="bin", shards=2)
         for variant in ("lora", "lora-legacy"):
             seeds.checkpoint(folder / variant / BASE)
             adapter = seeds.adapter(folder / variant / LORA, {})
@@ -75,6 +77,8 @@ class PickleBin(Target):
         if rng.random() < 0.02:
             made = rng.choice([None, mutate_bytes.special(rng)])
             steps = [made.kind if made else "removed"]
+        elif name == _INDEX:
+            made, steps = damaged_json(rng, self.files[variant, name], {})
         else:
             made, steps = mutate_pickle.mutate(rng, self.files[variant, name])
         return Case(variant, {name: made}, {"how": how}, [f"{variant}: {step}" for step in steps])
