@@ -160,7 +160,8 @@ class Running:
     def _lost(self, number: int, kind: str, how: str) -> bool:
         trace = _read(self._folder / "native.txt")[:_REPORT]
         frames = [engine._short(file, line) for file, line in _FRAME.findall(trace)]  # the innermost comes first
-        where = next(filter(None, frames), "")
+        said = re.search(r"SUMMARY: (.{,200})|(runtime error: .{,200})", trace)
+        where = said[0] if said else next(filter(None, frames), "")
         self._mark(number, kind)
         outcome = Outcome(kind, how, f"{how} {where}".strip(), trace)
         with (self._folder / "findings").open("a", encoding="ascii") as file:

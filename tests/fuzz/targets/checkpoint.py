@@ -19,7 +19,7 @@ BASE, OTHER, OUT = "base", "other", "out.cnl"
 _TOKEN = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True, "special": True}
 TEMPLATES = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% for %}",
-    "{% for x in range(10**9) %}{{ x }}{% endfor %}", "{{ 'a' * 10**10 }}", "[INST] {{ messages[0]['content'] }} [/INST]",
+    "{% for x in range(10**9) %}{{ x }}{% endfor %}", "{{ 'a' * 10**10 }}", "[INST] {{ messages[0] }} [/INST]",
 )  # fmt: skip
 CONFIG_HINTS: mutate_json.Hints = {
     "architectures": [["LlamaForCausalLM"], ["GPT2LMHeadModel"], []],
