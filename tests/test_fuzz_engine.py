@@ -111,6 +111,7 @@ def test_whatever_an_input_does_is_judged_and_the_run_goes_on(place: Workplace) 
         assert found.get(number, DEEDS[deed]) == DEEDS[deed], f"{deed} was judged {found.get(number)}"
     expected = [number for number, deed in enumerate(deeds) if DEEDS[deed] in engine.FINDINGS]
     assert sorted(found) == expected
+    assert all(finding.steps == ["a step"] for finding in part.findings)
     keys = {finding.key for finding in part.findings if finding.kind == "crash"}
     assert keys == {"crash SIGSEGV", "crash SIGABRT", "crash exit 1"}
 

@@ -164,12 +164,18 @@ class Running:
         where = said[0] if said else next(filter(None, frames), "")
         self._mark(number, kind)
         outcome = Outcome(kind, how, f"{how} {where}".strip(), trace)
-        with (self._folder / "findings").open("a", encoding="ascii") as file:
-            file.write(json.dumps(_finding(self.part.target, number, outcome, []).to_dict()) + "\n")
+        if in_child(lambda: self._write_lost(number, outcome)):
+            raise RuntimeError(f"the fuzzer failed at input {number} of {self.part.target}")
         if number + 1 < self.part.end and not self._first_only:
             self._start(number + 1)
             return False
         return self._finish()
+
+    def _write_lost(self, number: int, outcome: Outcome) -> None:
+        target = TARGETS[self.part.target](self._place.seeds(self.part.target))
+        steps = mutant_of(target, self._place.seed, number).steps
+        with (self._folder / "findings").open("a", encoding="ascii") as file:
+            file.write(json.dumps(_finding(self.part.target, number, outcome, steps).to_dict()) + "\n")
 
     def _mark(self, number: int, kind: str) -> None:
         self._shared[_HEAD.size + number - self.part.begin] = 1 + CODES.index(kind)

@@ -44,7 +44,7 @@ class Text(Target):
         return _RUNS[how](folder / case.call["file"], folder, case.call)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return ("--set", "--redo", "the template") if case.call["how"] == "template" else (str(folder), "--set")
+        return (str(folder), "--set", "the template")
 
 
 def _documents(path: Path, folder: Path, call: dict[str, Any]) -> str:
