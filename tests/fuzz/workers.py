@@ -295,7 +295,7 @@ def found_after(place: Workplace, name: str, limit: int) -> tuple[int, str]:
         finding = part.findings[-1]
         number = finding.number + 1
         sound = Running(place, Slice(target, finding.number, number)).wait()
-        if finding.key not in {f.key for f in sound.findings}:
+        if not sound.findings:
             return number, finding.key
     return limit, ""
 

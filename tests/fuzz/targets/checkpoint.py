@@ -264,8 +264,9 @@ def check_plan(plan: Any) -> None:
         "model.layers.0.mlp.down_proj.weight": (config["hidden_size"], config["intermediate_size"]),
     }
     for name, shape in expected.items():
-        if tuple(plan.tensors[name].shape) != shape:
-            raise FindingError("wrong", f"{name} is {plan.tensors[name].shape}", "planned with a wrong shape")
+        found = plan.tensors.get(name)
+        if found is None or tuple(found.shape) != shape:
+            raise FindingError("wrong", f"{name} is {found and found.shape}", "planned with a wrong shape")
     ids = plan.vocabulary.tokenizer.added.values()
     if not all(type(i) is int and 0 <= i < config["vocab_size"] for i in ids):
         raise FindingError("wrong", f"added ids are {list(ids)!r:.80}", "planned with ids outside the vocabulary")
