@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fuzz_cnl
 import models
 import pytest
+from fuzz import mutate_json
+from fuzz.targets.cnl import Base, with_header
 
 FAILED, WRONG_INPUT = 1, 2
 
@@ -37,9 +38,9 @@ def prompt(file: Path, *options: object, **kwargs: Any) -> subprocess.CompletedP
 
 def edited_header(data: bytes, edit: Callable[[dict[str, Any]], None]) -> bytes:
     """The file with its header changed by `edit` and the header's hash made right again."""
-    base = fuzz_cnl.Base(data)
+    base = Base(data)
     edit(base.header)
-    return fuzz_cnl.with_header(fuzz_cnl.dump(base.header), base.body)
+    return with_header(mutate_json.dump(base.header), base.body)
 
 
 NORM = "model.norm.weight"

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults put back on purpose: each takes one check out of the product, and a fuzzer must find that it is gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """target: the fuzzer that must find it. place: module and attribute. made: the attribute without its check."""
+
+    target: str
+    place: str
+    made: Callable[[Any], Any]
+
+
+class _NeverRaised(Exception):
+    """Instead of a built-in exception in a module of the product, which then catches by that name nothing any more."""
+
+
+def _nothing(_: Any) -> Any:
+    """Instead of a check: a function that takes anything and does nothing."""
+    return lambda *args, **kwargs: None
+
+
+def _uncaught(_: Any) -> Any:
+    return _NeverRaised
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    return lambda _: lambda *args, **kwargs: value
+
+
+def _numbers_and_booleans(_: Any) -> Any:
+    """is_count as it would be without the look at the type."""
+    return lambda value, low=0, high=1 << 62: isinstance(value, (int, float)) and low <= value <= high
+
+
+def _first(_: Any) -> Any:
+    return lambda value, *args: value
+
+
+_CNL, _BOX, _HEADER = "cnllama.format:CnlFile.", "cnllama.container:", "cnllama.eval.gguf_header:"
+_READING, _BIN = "cnllama.adapt.reading:", "cnllama.convert.checkpoint:"
+
+FAULTS: dict[str, Fault] = {
+    "cnl: the header's hash is not compared": Fault("cnl", _CNL + "_check_header_hash", _nothing),
+    "cnl: holes and overlaps are taken": Fault("cnl", _BOX + "SafetensorsFile._check_cover", _nothing),
+    "cnl: tensors of the architecture are not looked for": Fault("cnl", _CNL + "_check_architecture", _nothing),
+    "cnl: the generation defaults are not checked": Fault("cnl", _CNL + "_check_generation", _nothing),
+    "cnl: true is a size": Fault("cnl", "cnllama.config:is_count", _numbers_and_booleans),
+    "cnl: a fingerprint of anything": Fault("cnl", _CNL + "_check_fingerprint", _nothing),
+    "checkpoint: true is a size": Fault("checkpoint", "cnllama.config:is_count", _numbers_and_booleans),
+    "checkpoint: JSON without end or sense": Fault(
+        "checkpoint", _BOX + "parse_json", lambda _: lambda text, what: json.loads(text)
+    ),
+    "checkpoint: tensors of any shape": Fault("checkpoint", "cnllama.convert.pack:check_base", _nothing),
+    "checkpoint: words of SentencePiece as they are": Fault(
+        "checkpoint", "cnllama.convert.tokenizers:Exception", _uncaught
+    ),
+    "checkpoint: control characters as they are": Fault("checkpoint", "cnllama.errors:printable", _first),
+    "adapter: any rank": Fault("adapter", "cnllama.convert.adapters:is_count", _always(True)),
+    "adapter: pairs of any shape": Fault("adapter", "cnllama.convert.pack:check_adapter", _nothing),
+    "adapter: holes and overlaps are taken": Fault("adapter", _BOX + "SafetensorsFile._check_cover", _nothing),
+    "adapter: control characters as they are": Fault("adapter", "cnllama.errors:printable", _first),
+    "pickle: whatever torch raises": Fault("pickle", _BIN + "Exception", _uncaught),
+    "pickle: values of any type": Fault("pickle", _BIN + "all", _always(True)),
+    "pickle: sparse and empty tensors": Fault("pickle", _BIN + "any", _always(False)),
+    "gguf: unknown types": Fault("gguf", _HEADER + "KeyError", _uncaught),
+    "gguf: strings of any length": Fault("gguf", _HEADER + "MAX_STRING", lambda _: 1 << 64),
+    "gguf: tensors beyond the file": Fault("gguf", _HEADER + "any", _always(False)),
+    "gguf: arrays of any length": Fault("gguf", _HEADER + "MAX_COUNT", lambda _: 1 << 64),
+    "text: JSON without end": Fault("text", _READING + "RecursionError", _uncaught),
+    "text: lines that are no UTF-8": Fault("text", _READING + "UnicodeDecodeError", _uncaught),
+    "text: half surrogate pairs": Fault("text", _READING + "_unicode", lambda _: lambda name, value: value),
+    "text: questions that are no UTF-8": Fault("text", "cnllama.eval.questions:UnicodeDecodeError", _uncaught),
+    "text: prompts in no known encoding": Fault("text", "cnllama.textio:UnicodeDecodeError", _uncaught),
+    "args: numbers of any range": Fault("args", "cnllama.sampling:_number", _nothing),
+    "args: integers of any size": Fault("args", "cnllama.sampling:_integer", _nothing),
+    "args: the usage instead of one sentence": Fault(
+        "args", "cnllama.cli.main:Parser.error", lambda _: import_module("argparse").ArgumentParser.error
+    ),
+    "args: files that are not there": Fault("args", "cnllama.container:OSError", _uncaught),
+}
+
+
+@contextmanager
+def put_back(name: str | None) -> Iterator[None]:
+    """The product with a fault in the block; without one for None."""
+    if name is None:
+        yield
+        return
+    module, _, attribute = FAULTS[name].place.partition(":")
+    owner: Any = import_module(module)
+    *path, last = attribute.split(".")
+    for step in path:
+        owner = getattr(owner, step)
+    before = owner.__dict__.get(last, _ABSENT)  # absent: a built-in name, which the module gets for itself
+    setattr(owner, last, FAULTS[name].made(before))
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            delattr(owner, last)
+        else:
+            setattr(owner, last, before)
