@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from killing import killed_everywhere
 
 from cnllama import files
-from cnllama.container import map_file, read_json
+from cnllama.container import read_json
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import Output, append, copy_file, open_regular, read_bytes, write_file, write_json
+from cnllama.mapped import WatchedFile
 
 LEFTOVER = ".o.cnl.cnllama-12-0123abcd.part"
 
@@ -234,7 +235,7 @@ def test_special_files_are_neither_read_nor_written(tmp_path: Path, kind: str, m
     path = tmp_path / "x"
     SPECIAL[kind](path)
     readers: list[Callable[[], object]] = [
-        lambda: read_json(path), lambda: map_file(path), lambda: open_regular(path), lambda: read_bytes(path, 9),
+        lambda: read_json(path), lambda: WatchedFile(path), lambda: open_regular(path), lambda: read_bytes(path, 9),
         lambda: copy_file(path, tmp_path / "y"), lambda: write_file(path, b"new"),
     ]  # fmt: skip
     for use in readers:
