@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cnllama.added_tokens import MARKER, SPACES, AddedToken, AddedTokens
 from cnllama.errors import InputError
-from cnllama.sentencepiece_model import as_control, with_dummy_prefix
+from cnllama.sentencepiece_model import as_control, open_model, with_dummy_prefix
 
 SPACE = "\u2581"
 REPLACEMENT = "\ufffd"
@@ -20,14 +20,14 @@ class Tokenizer:
 
     model: the bytes of `tokenizer.model`. settings: the `tokenizer` metadata of a .cnl (docs/format.md), of which
     `add_bos`, `add_dummy_prefix`, `legacy`, `bos_token_id`, `eos_token_id`, `added_tokens` (text -> id) and
-    `token_flags` are read. Raises InputError when the model cannot be read.
+    `token_flags` are read. where: what the InputError for a model that cannot be read begins with.
     """
 
-    def __init__(self, model: bytes, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: bytes, settings: Mapping[str, Any] | None = None, where: str = "the tokenizer") -> None:
         settings = settings or {}
         dummy_prefix = settings.get("add_dummy_prefix")
         self._model = model if dummy_prefix is None or not model else with_dummy_prefix(model, bool(dummy_prefix))
-        self._sp = _load(self._model)
+        self._sp = open_model(self._model, where)
         self.pieces = int(self._sp.get_piece_size())
         self.added_tokens = {str(text): int(i) for text, i in settings.get("added_tokens", {}).items()}
         flags = settings.get("token_flags", {})
@@ -144,7 +144,7 @@ class Tokenizer:
         ids = [t.id for t in self._added if t.special and t.id < self.pieces and not self._sp.is_control(t.id)]
         if ids:
             self._model = as_control(self._model, ids)
-            self._sp = _load(self._model)
+            self._sp = open_model(self._model, "the tokenizer")
 
     def _neighbour(self, parts: Sequence[str | int], index: int) -> AddedToken | None:
         part = parts[index] if 0 <= index < len(parts) else ""
@@ -174,7 +174,7 @@ class Tokenizer:
 
     @cached_property
     def _without_prefix(self) -> Any:
-        return _load(with_dummy_prefix(self._model, False))
+        return open_model(with_dummy_prefix(self._model, False), "the tokenizer")
 
     @cached_property
     def _tokens_in_text(self) -> AddedTokens:
@@ -182,20 +182,6 @@ class Tokenizer:
         ids = [i for i in range(self.pieces) if self._sp.is_control(i) or self._sp.is_unknown(i)]
         pieces = [AddedToken(str(self._sp.id_to_piece(i)), i) for i in ids]
         return AddedTokens([*(t for t in pieces if t.text not in self.added_tokens), *self._added])
-
-
-def _load(model: bytes) -> Any:
-    import sentencepiece
-
-    try:
-        if not model:
-            raise ValueError("it is empty")
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:
-        reason = " ".join(str(error).split())  # SentencePiece quotes the damaged bytes, line breaks and all
-        raise InputError(
-            f"the tokenizer is not a SentencePiece model ({reason}): convert again with the original tokenizer.model"
-        ) from error
 
 
 class _Surface(NamedTuple):
