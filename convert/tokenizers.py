@@ -13,6 +13,7 @@ from typing import Any
 from cnllama.container import read_json
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
+from cnllama.paths import exists
 from cnllama.signatures import HEAD, what_it_is
 from cnllama.templates import CONTROL_NAMES
 
@@ -33,7 +34,7 @@ def load_sentencepiece(model: bytes, where: str) -> Any:
     import sentencepiece
 
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except Exception as error:  # the library raises RuntimeError, and others for bytes that are no message at all
         contents = what_it_is(model[:HEAD])
         if contents is not None:
@@ -41,6 +42,9 @@ def load_sentencepiece(model: bytes, where: str) -> Any:
         raise InputError(
             f"{where}: this is no SentencePiece model ({' '.join(str(error).split()):.80}); get the file again"
         ) from None
+    if not 0 <= processor.unk_id() < processor.get_piece_size():
+        raise InputError(f"{where}: the model has no piece for unknown text; get the file again")
+    return processor
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ def with_additions(chosen: TokenizerFiles, directories: Sequence[Path]) -> Token
     Raises InputError for a directory whose tokenizer.json belongs to another tokenizer.
     """
     for directory in directories:
-        if not (directory / MODEL).exists():
+        if not exists(directory / MODEL):
             chosen = read_tokenizer(directory, chosen) or chosen
     return chosen
 
@@ -215,11 +219,11 @@ def first_difference(a: TokenizerFiles, b: TokenizerFiles) -> int | None:
 
 
 def _read_model(path: Path) -> bytes | None:
-    return read_bytes(path, MAX_TOKENIZER) if path.exists() else None
+    return read_bytes(path, MAX_TOKENIZER) if exists(path) else None
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if exists(path) else {}
 
 
 def _check_pieces(files: TokenizerFiles, tokens: Mapping[str, Added]) -> None:
