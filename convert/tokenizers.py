@@ -13,6 +13,7 @@ from typing import Any
 from cnllama.container import read_json
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
+from cnllama.paths import exists
 from cnllama.sentencepiece_model import open_model
 from cnllama.templates import CONTROL_NAMES
 
@@ -192,7 +193,7 @@ def with_additions(chosen: TokenizerFiles, directories: Sequence[Path]) -> Token
     Raises InputError for a directory whose tokenizer.json belongs to another tokenizer.
     """
     for directory in directories:
-        if not (directory / MODEL).exists():
+        if not exists(directory / MODEL):
             chosen = read_tokenizer(directory, chosen) or chosen
     return chosen
 
@@ -205,11 +206,11 @@ def first_difference(a: TokenizerFiles, b: TokenizerFiles) -> int | None:
 
 
 def _read_model(path: Path) -> bytes | None:
-    return read_bytes(path, MAX_TOKENIZER) if path.exists() else None
+    return read_bytes(path, MAX_TOKENIZER) if exists(path) else None
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if exists(path) else {}
 
 
 def _check_pieces(files: TokenizerFiles, tokens: Mapping[str, Added]) -> None:

@@ -145,8 +145,8 @@ def test_a_model_that_no_text_can_be_cut_with_is_refused_by_its_file(name: str, 
     with pytest.raises(InputError, match=r"^x\.model: this is no SentencePiece model "):
         _ = TokenizerFiles(Path("x.model"), model).processor
     for settings in ({}, {"add_dummy_prefix": True}):
-        with pytest.raises(InputError, match=r"^x\.cnl: its tokenizer is no SentencePiece model "):
-            Tokenizer(model, settings, "x.cnl: its tokenizer")
+        with pytest.raises(InputError, match=r"^x\.cnl: the tokenizer is no SentencePiece model "):
+            Tokenizer(model, settings, "x.cnl")
 
 
 def test_the_floor_is_the_first_version_that_refuses_them() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cnllama.errors import InputError, from_os_error
 from cnllama.files import open_regular, read_bytes
+from cnllama.paths import is_dir
 from cnllama.templates import join_input
 
 FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".json": "json"}
@@ -244,6 +245,6 @@ def _check_messages(messages: object) -> list[dict[str, str]]:
 def check_files(paths: Sequence[Path]) -> None:
     """Raises InputError for the first path that is no readable file or has an unknown ending."""
     for path in paths:
-        if path.is_dir():
+        if is_dir(path):
             raise InputError(f"{path}: this is a directory, expected a file of text or JSON lines")
         open_regular(path).close()

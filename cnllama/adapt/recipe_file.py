@@ -22,6 +22,7 @@ from cnllama.arguments import ListAction
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
 from cnllama.ownership import RECORD
+from cnllama.paths import exists
 
 MARK = "stage.json"
 SCRIPT = "script"
@@ -353,8 +354,8 @@ def _note_file(task: Task, action: argparse.Action | None, name: str, text: str)
     if not read or (action is not None and action.dest in _WRITTEN):
         return
     try:
-        found = next((Path(t) for t in (text, text.rpartition(":")[0]) if t and Path(t).exists()), None)
-    except OSError:  # a text that is too long for a name
+        found = next((Path(t) for t in (text, text.rpartition(":")[0]) if t and exists(t)), None)
+    except InputError:  # a text that is no name, or too long for one
         return
     if found is not None:
         task.outside.append((name, found))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cnllama.errors import InputError, printable
+from cnllama.paths import real_path
 from cnllama.templates import default_template
 
 from ..checkpoint import FloatArray
@@ -47,7 +48,7 @@ def describe(plan: Plan, template: str | None = None) -> Unpacked:
     files, rows = plan.vocabulary.tokenizer, plan.config["vocab_size"]
     generation, _ = generation_metadata(plan)
     return Unpacked(
-        plan.checkpoint.directory.resolve(),
+        real_path(plan.checkpoint.directory),
         plan.config,
         rows,
         files.model,

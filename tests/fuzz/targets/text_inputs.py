@@ -178,6 +178,14 @@ def _left(rng: random.Random) -> Made:
     records: dict[str, dict[str, Any]] = {
         "cache.json": {"dtype": "uint16", "masked": False, "report": report},
         "out/checkpoint-5/complete.json": {"step": 5, "data_position": {"epoch": 0, "index": 3}, "files": {"a": 1}},
+        "out/.cnllama.json": {
+            "format": "cnllama-directory",
+            "version": 1,
+            "made_by": "fuzz",
+            "key": {"a": 1},
+            "files": {"a": [[3, 1]], "b/c": "log"},
+            "directories": ["b"],
+        },
         "log.jsonl": {"step": 1, "epoch": 0.1, "tokens": 10, "seconds": 0.5, "loss": 3.2},
     }
     name = rng.choice(sorted(records))
@@ -197,14 +205,22 @@ def stored_reference() -> bytes:
     for ids, begin, targets in WINDOWS:
         digest.update(np.asarray([len(ids), begin, *ids, *targets], "<i8").tobytes())
     rows = sum(len(targets) for _, _, targets in WINDOWS)
-    values = np.random.default_rng(1).standard_normal((rows, VOCABULARY)).astype("<f2")
-    entry = {"dtype": "F16", "shape": [rows, VOCABULARY], "data_offsets": [0, values.nbytes]}
-    metadata = {"format": "cnllama-reference", "version": "1", "source": "x", "windows_sha256": digest.hexdigest()}
-    return mutate_safetensors.build({"__metadata__": metadata, "logprobs": entry}, values.tobytes())
+    values = np.random.default_rng(1).standard_normal((rows, VOCABULARY)) - 4
+    exact = np.minimum(values[:, 0], 0).astype("<f4").tobytes()
+    data = exact + values.astype("<f2").tobytes()
+    entries = {
+        "target_logprobs": {"dtype": "F32", "shape": [rows], "data_offsets": [0, len(exact)]},
+        "logprobs": {"dtype": "F16", "shape": [rows, VOCABULARY], "data_offsets": [len(exact), len(data)]},
+    }
+    metadata = {
+        "format": "cnllama-reference", "version": "2", "source": "x", "content": "",
+        "windows_sha256": digest.hexdigest(), "tensors": '{"a":{"rms":1.0,"mean":0.0,"absmax":2.0}}',
+    }  # fmt: skip
+    return mutate_safetensors.build({"__metadata__": metadata, **entries}, data)
 
 
 def _reference(rng: random.Random) -> Made:
-    data, steps = mutate_safetensors.mutate(rng, stored_reference(), ["logprobs"])
+    data, steps = mutate_safetensors.mutate(rng, stored_reference(), ["logprobs", "target_logprobs"])
     return "reference.safetensors", data, {"how": "reference"}, steps
 
 
