@@ -76,7 +76,7 @@ def test_ids_are_those_of_transformers(folder: Folder, size: int, legacy: bool |
         ({"added": {"[PAD]": "7"}}, "has id '7'"),
         ({"added": {"[PAD]": None}}, "has id None"),
         ({"added": {"": 5000}}, "added token '' has id 5000"),
-        ({"added": {"a\ud800": 5000}}, "expected Unicode"),
+        ({"added": {"a\ud800": 5000}}, "half a surrogate pair"),
         ({"added": {"x" * 2000: 5000}}, "at most 1,000 characters"),
         ({"added": {"[PAD]": 5000, "<|im_end|>": 5000}}, "gives the id 5000 to '[PAD]' and to '<|im_end|>'"),
         ({"added": {"[PAD]": 5}}, "these files belong to different tokenizers"),
