@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cnllama.added_tokens import MARKER, SPACES, AddedToken, AddedTokens
 from cnllama.errors import InputError
-from cnllama.sentencepiece_model import as_control, with_dummy_prefix
+from cnllama.sentencepiece_model import as_control, open_model, with_dummy_prefix
 
 SPACE = "\u2581"
 REPLACEMENT = "\ufffd"
@@ -28,7 +28,7 @@ class Tokenizer:
         self._where = f"{where}: " if where else ""
         dummy_prefix = settings.get("add_dummy_prefix")
         self._model = model if dummy_prefix is None or not model else with_dummy_prefix(model, bool(dummy_prefix))
-        self._sp = self._load()
+        self._sp = self._load(self._model)
         self.pieces = int(self._sp.get_piece_size())
         self.added_tokens = {str(text): int(i) for text, i in settings.get("added_tokens", {}).items()}
         flags = settings.get("token_flags", {})
@@ -145,17 +145,10 @@ class Tokenizer:
         ids = [t.id for t in self._added if t.special and t.id < self.pieces and not self._sp.is_control(t.id)]
         if ids:
             self._model = as_control(self._model, ids)
-            self._sp = self._load()
+            self._sp = self._load(self._model)
 
-    def _load(self) -> Any:
-        """The processor of the model. One without a piece for what it does not know could not encode every text."""
-        processor = _load(self._model, self._where)
-        if not 0 <= processor.unk_id() < processor.get_piece_size():
-            raise InputError(
-                f"{self._where}the tokenizer has no piece for unknown text: convert again with the original "
-                "tokenizer.model"
-            )
-        return processor
+    def _load(self, model: bytes) -> Any:
+        return open_model(model, f"{self._where}the tokenizer")
 
     def _neighbour(self, parts: Sequence[str | int], index: int) -> AddedToken | None:
         part = parts[index] if 0 <= index < len(parts) else ""
@@ -185,7 +178,7 @@ class Tokenizer:
 
     @cached_property
     def _without_prefix(self) -> Any:
-        return _load(with_dummy_prefix(self._model, False), self._where)
+        return self._load(with_dummy_prefix(self._model, False))
 
     @cached_property
     def _tokens_in_text(self) -> AddedTokens:
@@ -193,21 +186,6 @@ class Tokenizer:
         ids = [i for i in range(self.pieces) if self._sp.is_control(i) or self._sp.is_unknown(i)]
         pieces = [AddedToken(str(self._sp.id_to_piece(i)), i) for i in ids]
         return AddedTokens([*(t for t in pieces if t.text not in self.added_tokens), *self._added])
-
-
-def _load(model: bytes, where: str) -> Any:
-    import sentencepiece
-
-    try:
-        if not model:
-            raise ValueError("it is empty")
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:
-        reason = " ".join(str(error).split())  # SentencePiece quotes the damaged bytes, line breaks and all
-        raise InputError(
-            f"{where}the tokenizer is not a SentencePiece model ({reason}): convert again with the original "
-            "tokenizer.model"
-        ) from error
 
 
 class _Surface(NamedTuple):

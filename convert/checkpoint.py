@@ -186,7 +186,8 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
                 mapped = None  # the format of torch before 1.6, which cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = (error.strerror if isinstance(error, OSError) else None) or str(error).strip() or type(error).__name__
+        reason = said.splitlines()[0]
         raise InputError(
             f"{path}: PyTorch cannot read it as plain weights ({reason:.120}); the file is damaged or holds code, "
             "get it again"

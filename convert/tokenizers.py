@@ -14,7 +14,7 @@ from cnllama.container import read_json
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
 from cnllama.paths import exists
-from cnllama.signatures import HEAD, what_it_is
+from cnllama.sentencepiece_model import open_model
 from cnllama.templates import CONTROL_NAMES
 
 from .added_tokens import ADDED, CONFIG, SPECIAL, Added, added_tokens, flags_to_store, role_names, special_tokens
@@ -31,20 +31,7 @@ _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat
 @lru_cache(maxsize=4)
 def load_sentencepiece(model: bytes, where: str) -> Any:
     """The library's processor of a serialized model. `where` begins the InputError for bytes that are none."""
-    import sentencepiece
-
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # the library raises RuntimeError, and others for bytes that are no message at all
-        contents = what_it_is(model[:HEAD])
-        if contents is not None:
-            raise InputError(f"{where}: this is no SentencePiece model but {contents.what}; {contents.mend}") from None
-        raise InputError(
-            f"{where}: this is no SentencePiece model ({' '.join(str(error).split()):.80}); get the file again"
-        ) from None
-    if not 0 <= processor.unk_id() < processor.get_piece_size():
-        raise InputError(f"{where}: the model has no piece for unknown text; get the file again")
-    return processor
+    return open_model(model, f"{where}: this")
 
 
 @dataclass(frozen=True)

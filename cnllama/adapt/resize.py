@@ -27,7 +27,7 @@ from cnllama.convert.checkpoint import (
     open_weights,
 )
 from cnllama.convert.tokenizers import MAX_TOKENIZER, MODEL, TokenizerFiles, first_difference, read_tokenizer
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 from cnllama.files import copy_file, read_bytes, write_json
 from cnllama.paths import exists, is_dir
 from cnllama.stdio import say, show
@@ -100,7 +100,8 @@ def resize(
     warnings = []
     if checkpoint.config.get("vocab_size") != rows:
         warnings.append(
-            f"{base / 'config.json'}: says vocab_size {checkpoint.config.get('vocab_size')}, has {rows:,} rows"
+            f"{printable(str(base / 'config.json'))}: says vocab_size {checkpoint.config.get('vocab_size')!r:.40}, has "
+            f"{rows:,} rows"
         )
     parts = old_tokens(old, new, grown)
     grown_by_name = {

@@ -65,8 +65,6 @@ def open_model(path: Path) -> TokenizerFiles:
             raise InputError(f"{path}: there is no {MODEL} in this directory, expected a SentencePiece model")
     else:
         files = TokenizerFiles(path, read_bytes(path, MAX_TOKENIZER))
-    if not files.model:
-        raise InputError(f"{files.file}: the file is empty, expected a SentencePiece model; get it again")
     files.processor.get_piece_size()
     return files
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cnllama import _core
 from cnllama.config import EMBEDDING, FINAL_NORM, LM_HEAD
 from cnllama.container import Bytes
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 from cnllama.format import CnlFile, TensorEntry
 from cnllama.paths import same_file
 
@@ -137,7 +137,7 @@ def export(file: CnlFile, output: Path, *, wanted: str = "auto", progress: bool 
         vocab_size=file.vocab_size,
         chat_template="tokenizer.chat_template" in metadata.values,
         matrices=matrices,
-        warnings=metadata.warnings,
+        warnings=[printable(warning) for warning in metadata.warnings],
     )
 
 
