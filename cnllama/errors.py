@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 _LONGEST_VALUE = 600  # characters without a space; a name is at most 255 bytes, and a path seldom longer
 _LONGEST_MESSAGE = 1500
+_LOOKED_AT = 20_000  # of a text that may have millions
 
 
 def printable(text: str) -> str:
@@ -36,7 +37,7 @@ def bounded(text: str) -> str:
     A message begins with the file and ends with the mend: both ends stay.
     """
     if len(text) > _LONGEST_VALUE:
-        text = " ".join(_cut(word, _LONGEST_VALUE) for word in text.split(" "))
+        text = " ".join(_cut(word, _LONGEST_VALUE) for word in _cut(text, _LOOKED_AT).split(" "))
     return _cut(text, _LONGEST_MESSAGE)
 
 
@@ -46,6 +47,10 @@ def _cut(text: str, most: int) -> str:
         return text
     end = most // 3
     return f"{text[: most - end - 1]}…{text[len(text) - end :]}"
+
+
+def _sentence(text: str) -> str:
+    return bounded(printable(_cut(text, _LOOKED_AT)))
 
 
 class CnllamaError(Exception):
@@ -58,8 +63,8 @@ class CnllamaError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "", details: Iterable[str] = ()) -> None:
-        super().__init__(bounded(printable(message)))
-        self.details = [bounded(printable(line)) for line in details]
+        super().__init__(_sentence(message))
+        self.details = [_sentence(line) for line in details]
         if self.details:
             self.__notes__ = self.details  # Python 3.11 and later show them in a traceback
 
