@@ -65,6 +65,7 @@ class Slice:
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0  # of processor time
+    version: str = ""  # the commit that ran them
 
 
 class Workplace:
