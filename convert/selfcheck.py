@@ -36,8 +36,8 @@ def check_written(name: Path, threads: int = 0) -> Callable[[Path], None]:
         if found is not None:
             raise CnllamaError(
                 f"{name}: the new file does not pass its own check and was not kept: "
-                f"{found.replace(str(path), name.name)}; try again, and if it stays so report this model to cnllama's "
-                "authors"
+                f"{found.replace(str(path), name.name)}; try again, and if it stays so get the model's files again, "
+                "whose values may be damaged, or report this model to cnllama's authors"
             )
 
     return check

@@ -13,7 +13,7 @@ import numpy as np
 from fuzz import mutate_bytes, mutate_json, mutate_proto, mutate_safetensors, seeds
 from fuzz.case import Case, Content
 from fuzz.engine import Target
-from fuzz.targets.checkpoint import ODD_NAMES, TOKENIZER_HINTS, damaged_json, run_conversion
+from fuzz.targets.checkpoint import ODD_NAMES, OUT, TOKENIZER_HINTS, damaged_json, run_conversion
 
 BASE, LORA, SECOND = "base", "lora", "second"
 _PATTERNS = [{pattern: 4} for pattern in mutate_json.PATTERNS]
@@ -147,7 +147,7 @@ class Adapter(Target):
         return Case(variant, files, {"how": how, "name": name, "twice": rng.random() < 0.06}, steps)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return tuple(str(folder / name) for name in (case.call["name"], BASE, SECOND))
+        return tuple(str(folder / name) for name in (case.call["name"], BASE, SECOND, OUT))
 
     def run(self, case: Case, folder: Path) -> str:
         lora = folder / case.call["name"]

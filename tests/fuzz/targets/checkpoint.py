@@ -199,7 +199,7 @@ class Checkpoint(Target):
         return run_conversion(case.call["how"], base, [], folder, tokenizer)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return (str(folder / case.call["name"]), str(folder / OTHER))
+        return tuple(str(folder / name) for name in (case.call["name"], OTHER, OUT))
 
 
 def damaged_json(rng: random.Random, data: bytes, hints: mutate_json.Hints) -> tuple[bytes, list[str]]:
