@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ FAULT_LIMIT = 5000
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs, replays or checks the fuzzers. Returns 0 when nothing was found and all that was asked for was run."""
     args = _parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what lies in memory is removed
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     try:
         place = Workplace(folder, args.seed)

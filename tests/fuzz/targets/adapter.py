@@ -140,10 +140,13 @@ class Adapter(Target):
                 content, done = damaged_json(rng, data, HINTS if file == "adapter_config.json" else TOKENIZER_HINTS)
             files[f"{LORA}/{file}"] = content
             steps += [f"{file}: {step}" for step in done]
-        how = rng.choices(("plan", "convert", "command", "values", "merge"), (84, 6, 5, 3, 2))[0]
+        how = rng.choices(("plan", "convert", "command", "dry run", "values", "merge"), (83, 6, 5, 1, 3, 2))[0]
         name = rng.choice(ODD_NAMES) if rng.random() < 0.02 else LORA
         if name != LORA:
             steps.append(f"the directory is called {name!a}")
+        if rng.random() < 0.003:
+            kind = mutate_bytes.special(rng)
+            files, steps = {LORA: kind}, [f"the adapter is a {kind.kind}"]
         return Case(variant, files, {"how": how, "name": name, "twice": rng.random() < 0.06}, steps)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
