@@ -94,13 +94,13 @@ def mutant_of(target: Target, seed: str, number: int) -> Case:
 def judge(target: Target, case: Case, folder: Path) -> Outcome:
     """Puts the input into `folder` and runs it. What took too long gets a second chance: the machine may be busy."""
     outcome = _judge_once(target, case, folder)
-    return _judge_once(target, case, folder) if outcome.kind == "hang" else outcome
+    return _judge_once(target, case, folder, limits.SECOND_CHANCE) if outcome.kind == "hang" else outcome
 
 
-def _judge_once(target: Target, case: Case, folder: Path) -> Outcome:
+def _judge_once(target: Target, case: Case, folder: Path, times: int = 1) -> Outcome:
     case.put(target.seeds, folder, target.copied)
     try:
-        with limits.limited():
+        with limits.limited(times):
             label = target.run(case, folder)
         return Outcome(ACCEPTED, label)
     except CnllamaError as error:
