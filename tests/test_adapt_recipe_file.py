@@ -202,3 +202,10 @@ def test_values_that_begin_with_a_dash_are_values(tmp_path: Path) -> None:
     parsed = _leaf_parser("tokenizer train", "").parse_args(task.words)
     assert [str(path) for path in parsed.files] == ["-x.txt", "--y.txt"]
     assert parsed.template == "-{a}"
+
+
+@pytest.mark.parametrize(("value", "said"), [("a\0b", "NUL"), ("a\ud800", "cannot be written in utf-8")])
+def test_a_value_that_no_command_line_has_is_refused(tmp_path: Path, value: str, said: str) -> None:
+    (tmp_path / "r.toml").write_text(f'[variables]\nx = "1"\n{SCRIPT}n = "${{x}}"\n')
+    with pytest.raises(InputError, match=f"^--set x=.*{said}"):
+        read_recipe(tmp_path / "r.toml", None, [f"x={value}"])

@@ -22,7 +22,7 @@ from cnllama.arguments import ListAction
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
 from cnllama.ownership import RECORD
-from cnllama.paths import exists
+from cnllama.paths import check_name, exists
 
 MARK = "stage.json"
 SCRIPT = "script"
@@ -99,6 +99,10 @@ def read_recipe(path: Path, data: Path | None, changes: Sequence[str] = ()) -> R
             raise InputError(
                 f"--set {change}: expected NAME=VALUE with a name of {', '.join(variables) or 'no variable'}"
             )
+        try:
+            check_name(value)  # a file's or not, it becomes a word of a command line
+        except InputError as error:
+            raise InputError(f"--set {name}={error}") from None
         variables[name] = value
     variables["recipe"] = str(path.parent)
     if data is not None:
