@@ -368,7 +368,8 @@ def _is_record(known: Any, directories: Any) -> bool:
 
     def identities(value: object) -> bool:
         pairs = value if isinstance(value, list) else [None]
-        return value == _GROWS or all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        numbers = (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs)
+        return value == _GROWS or all(numbers)
 
     if not isinstance(known, dict) or not isinstance(directories, list):
         return False
