@@ -22,7 +22,7 @@ from fuzz.faults import FAULTS
 from fuzz.targets import TARGETS
 from fuzz.workers import Workplace, find_faults, in_child, replay, run_slices
 
-FAULT_LIMIT = 5000
+FAULT_LIMIT = 20_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:

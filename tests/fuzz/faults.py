@@ -39,11 +39,6 @@ def _always(value: Any) -> Callable[[Any], Any]:
     return lambda _: lambda *args, **kwargs: value
 
 
-def _numbers_and_booleans(_: Any) -> Any:
-    """is_count as it would be without the look at the type."""
-    return lambda value, low=0, high=1 << 62: isinstance(value, (int, float)) and low <= value <= high
-
-
 def _by_library(_: Any) -> Any:
     """open_model without the checks of what the library takes."""
     library, errors = import_module("sentencepiece"), import_module("cnllama.errors")
@@ -80,7 +75,6 @@ FAULTS: dict[str, Fault] = {
     "cnl: holes and overlaps are taken": Fault("cnl", _BOX + "SafetensorsFile._check_cover", _nothing),
     "cnl: tensors of the architecture are not looked for": Fault("cnl", _CNL + "_check_architecture", _nothing),
     "cnl: the generation defaults are not checked": Fault("cnl", _CNL + "_check_generation", _nothing),
-    "cnl: true is a size": Fault("cnl", "cnllama.config:is_count", _numbers_and_booleans),
     "cnl: a fingerprint of anything": Fault("cnl", _CNL + "_check_fingerprint", _nothing),
     "checkpoint: JSON without end or sense": Fault(
         "checkpoint", _BOX + "parse_json", lambda _: lambda text, what: json.loads(text)
@@ -111,7 +105,6 @@ FAULTS: dict[str, Fault] = {
     "text: questions that are no UTF-8": Fault("text", "cnllama.eval.questions:UnicodeDecodeError", _uncaught),
     "text: prompts in no known encoding": Fault("text", "cnllama.textio:UndecodableError", _uncaught),
     "args: numbers of any range": Fault("args", "cnllama.sampling:_number", _nothing),
-    "args: integers of any size": Fault("args", "cnllama.sampling:_integer", _nothing),
     "args: the usage instead of one sentence": Fault(
         "args", "cnllama.cli.main:Parser.error", lambda _: import_module("argparse").ArgumentParser.error
     ),
