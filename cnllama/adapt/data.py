@@ -27,6 +27,7 @@ from cnllama.adapt.reading import (
 )
 from cnllama.adapt.tokenfile import Entry, FileReport, Ids, Positions, TokenFile, Vocabulary, token_file
 from cnllama.errors import InputError
+from cnllama.paths import is_dir
 from cnllama.templates import Template, Token, encode_chat, get_template
 from cnllama.tokenizer import Tokenizer
 
@@ -361,7 +362,7 @@ def check_sources(
     for source in (*sources, *held_out):
         if not 0 < source.repeat < 1 << 20:
             raise InputError(f"{source.path}: its repeat is {source.repeat:g}, expected a number over 0")
-        if source.path.is_dir():
+        if is_dir(source.path):
             check_files([source.path])
         if format_of(source.path) not in forms:
             raise InputError(f"{source.path}: a text file holds no instructions, expected .jsonl or .json")

@@ -18,6 +18,7 @@ from cnllama.adapt.lora import WEIGHTS, Trained, adapter_config, adapter_tensors
 from cnllama.adapt.schedule import rate, warmup_steps
 from cnllama.errors import CnllamaError
 from cnllama.files import write_file
+from cnllama.paths import exists
 
 Batch = dict[str, Any]
 BAD_BATCH = "bad_batch.json"
@@ -166,7 +167,7 @@ class AdaptTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         directory = Path(resume_from_checkpoint)
-        if self._trained.mode == "full" or not (directory / WEIGHTS).exists() or self.is_fsdp_enabled:
+        if self._trained.mode == "full" or not exists(directory / WEIGHTS) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_adapter(self.model if model is None else model, directory)
