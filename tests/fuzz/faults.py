@@ -82,7 +82,6 @@ FAULTS: dict[str, Fault] = {
     "cnl: the generation defaults are not checked": Fault("cnl", _CNL + "_check_generation", _nothing),
     "cnl: true is a size": Fault("cnl", "cnllama.config:is_count", _numbers_and_booleans),
     "cnl: a fingerprint of anything": Fault("cnl", _CNL + "_check_fingerprint", _nothing),
-    "checkpoint: true is a size": Fault("checkpoint", "cnllama.convert.config_facts:is_count", _numbers_and_booleans),
     "checkpoint: JSON without end or sense": Fault(
         "checkpoint", _BOX + "parse_json", lambda _: lambda text, what: json.loads(text)
     ),
@@ -105,7 +104,6 @@ FAULTS: dict[str, Fault] = {
     "gguf: unknown types": Fault("gguf", _HEADER + "FORMATS", _holding_all),
     "gguf: tensors of any extent": Fault("gguf", _HEADER + "MAX_EXTENT", lambda _: _BEYOND),
     "gguf: tensors beyond the file": Fault("gguf", _HEADER + "any", _always(False)),
-    "gguf: any number of dimensions": Fault("gguf", _HEADER + "MAX_DIMENSIONS", lambda _: _BEYOND),
     "gguf: a size of any type": Fault("gguf", _HEADER + "is_count", _always(True)),
     "text: JSON without end": Fault("text", _READING + "RecursionError", _uncaught),
     "text: lines that are no UTF-8": Fault("text", _READING + "UnicodeDecodeError", _uncaught),

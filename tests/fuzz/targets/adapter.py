@@ -13,7 +13,7 @@ import numpy as np
 from fuzz import mutate_bytes, mutate_json, mutate_proto, mutate_safetensors, seeds
 from fuzz.case import Case, Content
 from fuzz.engine import Target
-from fuzz.targets.checkpoint import ODD_NAMES, TOKENIZER_HINTS, damaged_json, run_conversion
+from fuzz.targets.checkpoint import ODD_NAMES, OUT, TOKENIZER_HINTS, damaged_json, run_conversion
 
 BASE, LORA, SECOND = "base", "lora", "second"
 _PATTERNS = [{pattern: 4} for pattern in mutate_json.PATTERNS]
@@ -140,14 +140,17 @@ class Adapter(Target):
                 content, done = damaged_json(rng, data, HINTS if file == "adapter_config.json" else TOKENIZER_HINTS)
             files[f"{LORA}/{file}"] = content
             steps += [f"{file}: {step}" for step in done]
-        how = rng.choices(("plan", "convert", "command", "values", "merge"), (84, 6, 5, 3, 2))[0]
+        how = rng.choices(("plan", "convert", "command", "dry run", "values", "merge"), (83, 6, 5, 1, 3, 2))[0]
         name = rng.choice(ODD_NAMES) if rng.random() < 0.02 else LORA
         if name != LORA:
             steps.append(f"the directory is called {name!a}")
+        if rng.random() < 0.003:
+            kind = mutate_bytes.special(rng)
+            files, steps = {LORA: kind}, [f"the adapter is a {kind.kind}"]
         return Case(variant, files, {"how": how, "name": name, "twice": rng.random() < 0.06}, steps)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return tuple(str(folder / name) for name in (case.call["name"], BASE, SECOND))
+        return tuple(str(folder / name) for name in (case.call["name"], BASE, SECOND, OUT))
 
     def run(self, case: Case, folder: Path) -> str:
         lora = folder / case.call["name"]

@@ -162,7 +162,7 @@ _NEVER = ("adapt run",)
 
 class Arguments(Target):
     name: ClassVar[str] = "args"
-    share: ClassVar[int] = 3
+    share: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = (
         "cnllama.llm", "cnllama.convert.parity", "cnllama.convert.gguf.export", "cnllama.adapt.pretrain",
         "cnllama.adapt.sft", "cnllama.adapt.create", "cnllama.adapt.merge", "cnllama.adapt.resize", "cnllama.cli.eval",

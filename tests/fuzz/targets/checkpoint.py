@@ -17,7 +17,7 @@ from fuzz import engine, mutate_bytes, mutate_json, mutate_proto, mutate_safeten
 from fuzz.case import Case, Content
 from fuzz.engine import FindingError, Target
 
-BASE, OTHER, OUT = "base", "other", "out.cnl"
+BASE, OTHER, GROWN, OUT = "base", "other", "grown", "out.cnl"
 _TOKEN = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True, "special": True}
 TEMPLATES = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% for %}",
@@ -114,6 +114,7 @@ _JSON_HINTS = {
 }
 # padded: rows without a token. json: tokenizer.json here, the SentencePiece model elsewhere. headed: a tied matrix that
 # is stored as lm_head.weight only.
+_WAYS = ("plan", "convert", "command", "dry run", "values", "merge", "gguf", "resize")
 _VARIANTS = ("plain", "full", "tied", "padded", "json", "headed")
 # Directories called so must still be named in one line that a terminal can take.
 ODD_NAMES = ("base\nx", "ba\x1b[31mse", "b\udcffse", "b ase", "基", "-base", "b%se{0}", "\u202ebase")
@@ -145,6 +146,8 @@ class Checkpoint(Target):
         seeds.only_head(seeds.checkpoint(folder / "headed" / BASE, tie_word_embeddings=True, num_hidden_layers=1))
         for variant in _VARIANTS:
             (folder / variant / OTHER).mkdir()
+            (folder / variant / GROWN).mkdir()
+            models.write_tokenizer(folder / variant / GROWN, seeds.grown_tokenizer())
             for path in (folder / variant / BASE).glob("*token*.*"):
                 os.link(path, folder / variant / OTHER / path.name)
         (folder / "json" / BASE / "tokenizer.model").unlink()
@@ -155,7 +158,7 @@ class Checkpoint(Target):
         variant = rng.choice(_VARIANTS)
         files: dict[str, Content] = {}
         steps: list[str] = []
-        how = rng.choices(("plan", "convert", "command", "values", "merge", "gguf"), (80, 8, 5, 3, 2, 2))[0]
+        how = rng.choices(_WAYS, (80, 8, 5, 1, 3, 2, 2, 2))[0]
         name, override = BASE, rng.random() < (0.95 if variant == "json" else 0.08)
         if override:
             steps.append("with --tokenizer")
@@ -169,6 +172,10 @@ class Checkpoint(Target):
         if rng.random() < 0.02:
             name = rng.choice(ODD_NAMES)
             steps.append(f"the directory is called {name!a}")
+        if rng.random() < 0.005:
+            where, kind = rng.choice([BASE, OTHER]), mutate_bytes.special(rng)
+            files, override = {where: kind}, where == OTHER
+            steps = [f"{where} is a {kind.kind}"]
         return Case(variant, files, {"how": how, "name": name, "tokenizer": override}, steps)
 
     def _damage(self, rng: random.Random, variant: str) -> tuple[str, Content, list[str]]:
@@ -199,7 +206,7 @@ class Checkpoint(Target):
         return run_conversion(case.call["how"], base, [], folder, tokenizer)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return (str(folder / case.call["name"]), str(folder / OTHER))
+        return tuple(str(folder / name) for name in (case.call["name"], OTHER, GROWN, OUT))
 
 
 def damaged_json(rng: random.Random, data: bytes, hints: mutate_json.Hints) -> tuple[bytes, list[str]]:
@@ -216,14 +223,15 @@ def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path, to
     from cnllama.convert.pack import convert, make_plan, merged_tensors
 
     out = folder / OUT
-    if how == "command":
+    if how in ("command", "dry run"):
         given = [word for lora in loras for word in ("--lora", str(lora))]
         given += ["--tokenizer", str(tokenizer)] if tokenizer else []
+        given += ["--dry-run"] if how == "dry run" else []
         code, _, _ = engine.command(
             ["convert", str(base), *given, "-o", str(out), "--quantizer", "rtn", "--threads", "1"]
         )
-        check_written(out, done=code == 0)
-        return f"command {code}"
+        check_written(out, done=code == 0 and how == "command")
+        return f"{how} {code}"
     if how == "convert":
         try:
             report = convert(base, loras, out, threads=1, tokenizer=tokenizer)
@@ -241,6 +249,11 @@ def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path, to
             make_plan(folder / "merged")
         except CnllamaError as error:
             raise FindingError("wrong", f"{error!s:.400}", "merged to a checkpoint that cannot be read") from error
+        return how
+    if how == "resize":
+        from cnllama.adapt.resize import resize
+
+        check_lines(resize(base, folder / GROWN, folder / "resized").warnings)
         return how
     if how == "vocabulary":
         from cnllama.adapt.tokenfile import open_vocabulary

@@ -17,7 +17,7 @@ from fuzz.targets.text_inputs import KINDS, QUESTIONS, VOCABULARY, WINDOWS
 
 class Text(Target):
     name: ClassVar[str] = "text"
-    share: ClassVar[int] = 4
+    share: ClassVar[int] = 5
     needs: ClassVar[tuple[str, ...]] = (
         "cnllama.adapt.data", "cnllama.adapt.recipe", "cnllama.adapt.pretrain", "cnllama.adapt.sft",
         "cnllama.adapt.create", "cnllama.cli.tokenizer", "cnllama.convert.quantize.calibration",
