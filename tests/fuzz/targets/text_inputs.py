@@ -67,7 +67,8 @@ _RECIPE_HINTS: mutate_json.Hints = {
 _TOML_LINES = (
     b"x = 0x" + b"f" * 5000, b"x = 0b" + b"1" * 20_000, b"x = [0o" + b"7" * 9000 + b"]", b"x = [" * 3000,
     b".".join([b"a"] * 3000) + b" = 1", b"[" + b".".join([b'"a"'] * 3000) + b"]", b"x.y = 1", b'x = """', b"# \x00",
-    b"x = 2024-02-29T23:59:60Z", b"x = 07:32:00", b"x = {a.b = 1, a.c = 2}", b"[[stage]]", b"[stage]", b"n = '${vocab}'",
+    b"x = 2024-02-29T23:59:60Z", b"x = 07:32:00", b"x = {a.b = 1, a.c = 2}", b"[[stage]]",
+    b"[stage]", b"n = '${vocab}'",
 )  # fmt: skip
 _SETTINGS = ([], [], ["lr=1"], ["x"], ["lr=\n"], ["vocab=${vocab}"], ["=", "lr="], ["lr=a\0"], ["lr=\ud800"])
 QUESTIONS = [
