@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO
 
 from cnllama.errors import CnllamaError, InputError, from_os_error
-from cnllama.paths import check_name, exists, is_dir, is_link, real_path
+from cnllama.paths import check_name, exists, is_link, real_path, status
 
 try:
     import fcntl
@@ -370,8 +370,9 @@ def make_directory(path: Path) -> list[Path]:
     missing = []
     level = path
     try:
-        while not is_dir(level):
-            if exists(level) or is_link(level):
+        while (found := status(level)) is None or not stat.S_ISDIR(found.st_mode):
+            # One look at it: another process may make it between two.
+            if found is not None or is_link(level):
                 raise InputError(f"{level}: this is a file, not a directory; choose another name")
             missing.append(level)
             level = level.parent

@@ -184,7 +184,7 @@ def test_tokenizer_files_are_read_first(base: Path, data: Path, adapter: Path, t
         (("pretrain", "--data", "a.txt", "--eval", "b.doc"), "the name ends in '.doc'"),
         (("pretrain", "--data", "a.txt", "--document", "none"), "the template 'none' is not usable"),
         (("pretrain", "--data", "a.txt", "--lr", 0), "--lr is 0"),
-        (("sft", "--data", "a.jsonl", "--lr", "nan"), "--lr is nan"),
+        (("sft", "--data", "a.jsonl", "--lr", "nan"), "--lr: 'nan' is no finite number"),
     ],
 )
 def test_options_are_checked_before_files(tmp_path: Path, words: tuple[object, ...], sentence: str) -> None:
