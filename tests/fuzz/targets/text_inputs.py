@@ -65,10 +65,12 @@ _RECIPE_HINTS: mutate_json.Hints = {
 }
 # What TOML has and JSON has not.
 _TOML_LINES = (
-    b"x = 0x" + b"f" * 5000, b"x = 0b" + b"1" * 20_000, b"x = [0o" + b"7" * 9000 + b"]", b".".join([b"a"] * 3000) + b" = 1",
-    b"[" + b".".join([b'"a"'] * 3000) + b"]", b"x = 2024-02-29T23:59:60Z", b"x = 07:32:00", b'x = """', b"x = {a.b = 1, a.c = 2}",
-    b"x = [" * 3000, b"# \x00", b"x.y = 1", b"[[stage]]", b"[stage]", b"n = '${vocab}'",
+    b"x = 0x" + b"f" * 5000, b"x = 0b" + b"1" * 20_000, b"x = [0o" + b"7" * 9000 + b"]", b"x = [" * 3000,
+    b".".join([b"a"] * 3000) + b" = 1", b"[" + b".".join([b'"a"'] * 3000) + b"]", b"x.y = 1", b'x = """', b"# \x00",
+    b"x = 2024-02-29T23:59:60Z", b"x = 07:32:00", b"x = {a.b = 1, a.c = 2}", b"[[stage]]",
+    b"[stage]", b"n = '${vocab}'",
 )  # fmt: skip
+_SETTINGS = ([], [], ["lr=1"], ["x"], ["lr=\n"], ["vocab=${vocab}"], ["=", "lr="], ["lr=a\0"], ["lr=\ud800"])
 QUESTIONS = [
     "id,question,A,B,C,D,answer,explanation",
     "0,什么？,一,二,三,四,A,因为",
@@ -126,9 +128,7 @@ def _recipe(rng: random.Random) -> Made:
         lines = data.split(b"\n")
         lines.insert(rng.randrange(len(lines) + 1), more := rng.choice(_TOML_LINES))
         data, steps = b"\n".join(lines), [*steps, f"the line {more[:40]!r} more"]
-    changes = rng.choice(
-        [[], [], ["lr=1"], ["x"], ["lr=\n"], ["vocab=${vocab}"], ["=", "lr="], ["lr=a\0"], ["lr=\ud800"]]
-    )
+    changes = rng.choice(_SETTINGS)
     return "recipe.toml", data, {"how": "recipe", "set": changes, "data": rng.random() < 0.9}, steps
 
 
