@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,10 @@ class Running:
         return self._finish()
 
     def kill(self) -> None:
-        """Ends the process of the slice."""
-        os.kill(self._child, signal.SIGKILL)
-        os.waitpid(self._child, 0)
+        """Ends the process of the slice, if it runs."""
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
 
     def wait(self) -> Slice:
         """Waits for the end; the slice."""
@@ -248,18 +250,18 @@ def sandbox(folder: Path) -> None:
 def run_slices(place: Workplace, parts: Sequence[Slice], jobs: int, end: float) -> Iterator[Slice]:
     """Runs slices, `jobs` at a time; gives those that were whole before the time `end` (time.monotonic)."""
     waiting, running = list(reversed(parts)), list[Running]()
-    while waiting or running:
-        if time.monotonic() > end:
-            for one in running:
-                one.kill()
-            return
-        while waiting and len(running) < jobs:
-            running.append(Running(place, waiting.pop()))
-        done = [one for one in running if one.poll()]
-        running = [one for one in running if one not in done]
-        yield from (one.part for one in done)
-        if not done:
-            time.sleep(0.02)
+    try:
+        while (waiting or running) and time.monotonic() < end:
+            while waiting and len(running) < jobs:
+                running.append(Running(place, waiting.pop()))
+            done = [one for one in running if one.poll()]
+            running = [one for one in running if one not in done]
+            yield from (one.part for one in done)
+            if not done:
+                time.sleep(0.02)
+    finally:
+        for one in running:
+            one.kill()
 
 
 def find_faults(place: Workplace, names: Sequence[str], limit: int, jobs: int) -> Iterator[tuple[str, int, str]]:
