@@ -106,8 +106,7 @@ FAULTS: dict[str, Fault] = {
     "args: the usage instead of one sentence": Fault(
         "args", "cnllama.cli.main:Parser.error", lambda _: import_module("argparse").ArgumentParser.error
     ),
-    "args: names that no file can have": Fault("args", "cnllama.cli.parser:check_name", _first),
-    "args: control characters as they are": Fault("args", "cnllama.errors:printable", _first),
+    "args: integers of any size": Fault("args", "cnllama.cli.parser:_integer", lambda _: int),
 }
 
 

@@ -115,6 +115,12 @@ def _fork(work: Callable[[], object]) -> int:
     os._exit(0)
 
 
+def _kill(child: int) -> None:
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 class Running:
     """A slice on its way. `poll` until it says that it is done."""
 
@@ -146,9 +152,7 @@ class Running:
 
     def kill(self) -> None:
         """Ends the process of the slice, if it runs."""
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self._child, signal.SIGKILL)
-            os.waitpid(self._child, 0)
+        _kill(self._child)
 
     def wait(self) -> Slice:
         """Waits for the end; the slice."""
@@ -267,16 +271,20 @@ def run_slices(place: Workplace, parts: Sequence[Slice], jobs: int, end: float) 
 def find_faults(place: Workplace, names: Sequence[str], limit: int, jobs: int) -> Iterator[tuple[str, int, str]]:
     """(fault, inputs that were run, how it showed; "" when it was not found) of every fault, `jobs` at a time."""
     waiting, running = list(reversed(names)), dict[int, str]()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
-            running[_fork(lambda name=name: _write_found(place, name, limit))] = name
-        child, status = os.wait()
-        name = running.pop(child)
-        if status:
-            raise RuntimeError(f"the fuzzer failed at the fault {name}")
-        count, key = json.loads(_found_file(place, name).read_text(encoding="ascii"))
-        yield name, count, key
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop()
+                running[_fork(lambda name=name: _write_found(place, name, limit))] = name
+            child, status = os.wait()
+            name = running.pop(child)
+            if status:
+                raise RuntimeError(f"the fuzzer failed at the fault {name}")
+            count, key = json.loads(_found_file(place, name).read_text(encoding="ascii"))
+            yield name, count, key
+    finally:
+        for child in running:
+            _kill(child)
 
 
 def _found_file(place: Workplace, name: str) -> Path:
