@@ -106,7 +106,7 @@ FAULTS: dict[str, Fault] = {
     "args: the usage instead of one sentence": Fault(
         "args", "cnllama.cli.main:Parser.error", lambda _: import_module("argparse").ArgumentParser.error
     ),
-    "args: integers of any size": Fault("args", "cnllama.cli.parser:_integer", lambda _: int),
+    "args: integers of any size": Fault("args", "cnllama.sampling:_integer", _nothing),
 }
 
 
