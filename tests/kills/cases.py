@@ -135,9 +135,11 @@ def make_inputs(folder: Path) -> Path:
     from cnllama.convert.pack import convert
     from transformers import LlamaForCausalLM
 
+    from cnllama.adapt.progress import quiet
     from cnllama.adapt.tokenizer_merge import merge_tokenizers, open_model, write_tokenizer_files
 
     torch.set_num_threads(1)
+    quiet()
     adapt_data.write_data(folder)
     base = adapt_data.small_base(folder / "base", folder)
     english = models.train_tokenizer((folder / "en.txt").read_text().splitlines(), 340)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -74,6 +75,17 @@ def _be_the_child(words: Sequence[str], operation: Operation, at_end: Callable[[
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def warm_up() -> None:
+    """Imports what the commands import, so that children need not; libraries compute in one thread, as forks want it."""
+    import torch
+
+    ours = ("create", "merge", "pretrain", "recipe", "resize", "sft", "tokenizer_train")
+    others = ("transformers.trainer", "peft", "matplotlib.figure", "cnllama.convert.pack")
+    for module in (*(f"cnllama.adapt.{name}" for name in ours), *others):
+        importlib.import_module(module)
+    torch.set_num_threads(1)
 
 
 def nothing(kind: str, path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,47 @@ from kills.cases import Case
 from kills.children import Change, Ended
 from kills.promise import Promise, temporary_files, tree
 
-MOST = 60  # points of a command at which a test ends it
 _SEED = 20
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a run that nobody ends does: its exit code, its changes of the disk, and what must hold."""
+    """What a run that nobody ends does: its exit code, its changes of the disk, and what must hold.
 
+    before: a copy of the place as it was.
+    """
+
+    before: Path
     code: int
     changes: list[Change]
     promise: Promise
 
 
 class Workshop:
-    """`folder` holds the inputs and one directory in which every run of a case works, under the same name each time."""
+    """`folder` gets one directory in which every run works, under the same name each time. inputs: see make_inputs."""
 
     def __init__(self, inputs: Path, folder: Path) -> None:
-        self.inputs, self.work, self._kept = inputs, folder / "work", folder / "before"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.inputs, self.work, self._folder = inputs, folder / "work", folder
+        self._known: dict[tuple[str, bool], Known] = {}
+        self.work.mkdir(parents=True)
 
-    def prepare(self, case: Case, earlier: str | None = None) -> Known:
-        """Fills the place with other people's files and, with these options, an earlier result; then runs to the end."""
-        for path in (self.work, self._kept):
-            shutil.rmtree(path, ignore_errors=True)
+    def know(self, case: Case, earlier: bool) -> Known:
+        """What the command does among other people's files, over an earlier result where `earlier` says so."""
+        key = (case.name, earlier)
+        if key not in self._known:
+            self._known[key] = self._run_once(case, earlier)
+        return self._known[key]
+
+    def _run_once(self, case: Case, earlier: bool) -> Known:
+        shutil.rmtree(self.work)
         self.work.mkdir()
         case.put_foreign_files(self.work)
         foreign = set(tree(self.work))
-        if earlier is not None:
-            ended = children.run(case.words(self.inputs, self.work, earlier), children.nothing)
+        if earlier:
+            ended = children.run(case.words(self.inputs, self.work, case.other), children.nothing)
             assert ended.code == 0, ended.words
-        shutil.copytree(self.work, self._kept, copy_function=shutil.copy2)
+        kept = self._folder / f"before-{len(self._known)}"
+        shutil.copytree(self.work, kept, copy_function=shutil.copy2)
         before = tree(self.work)
         passing: dict[str, set[str]] = {}
         gone: set[str] = set()
@@ -61,35 +72,36 @@ class Workshop:
         ended, changes, (seen, left) = children.record(case.words(self.inputs, self.work), self.work, look)
         discarded = set(left) - foreign if case.discards else set()
         promise = Promise(before, {name: set(held) for name, held in seen.items()}, tree(self.work), discarded)
-        return Known(ended.code, changes, promise)
+        return Known(kept, ended.code, changes, promise)
 
-    def reset(self) -> None:
+    def reset(self, known: Known) -> None:
         """The place as it was before the command."""
         shutil.rmtree(self.work)
-        shutil.copytree(self._kept, self.work, copy_function=shutil.copy2)
+        shutil.copytree(known.before, self.work, copy_function=shutil.copy2)
 
     def run(self, case: Case, operation: children.Operation = children.nothing) -> Ended:
         """The command in a child, with this hook."""
         return children.run(case.words(self.inputs, self.work), operation)
 
 
-def chosen(changes: list[Change], most: int = MOST) -> list[int]:
-    """Numbers of changes: all, or when they are more than `most`, the first and the last of each kind of change.
+def chosen(changes: Sequence[Change], most: int) -> list[int]:
+    """At most so many numbers of changes: of each kind of change the first, and the last change of all.
 
-    A kind is what is done, to a file of which name, by which code; to these come others by chance, up to `most`.
+    A kind is what is done, to a file of which name, by which code. When there are more kinds than `most`, a sample of
+    them is taken, always the same; when there are fewer, other changes come to them.
     """
-    if len(changes) <= most:
-        return list(range(len(changes)))
     first = {change: number for number, change in reversed(list(enumerate(changes)))}
-    numbers = set(first.values()) | {len(changes) - 1}
-    others = [number for number in range(len(changes)) if number not in numbers]
-    more = random.Random(_SEED).sample(others, max(0, min(len(others), most - len(numbers))))
-    return sorted({*numbers, *more})
+    drawn = random.Random(_SEED)
+    kinds = sorted(set(first.values()) - {len(changes) - 1})
+    others = sorted(set(range(len(changes) - 1)) - set(kinds))
+    drawn.shuffle(kinds)
+    drawn.shuffle(others)
+    return sorted([*kinds, *others][: most - 1] + list(range(len(changes)))[-1:])
 
 
 def kill_at(shop: Workshop, case: Case, known: Known, number: int) -> list[str]:
     """Ends the command before this change, then runs it again; what is wrong."""
-    shop.reset()
+    shop.reset(known)
     ended = shop.run(case, children.before_number(number, children.kill))
     if ended.code != children.KILLED:
         return [f"it was to be killed and ended with {ended.code}: {ended.words[-500:]}"]
@@ -104,17 +116,18 @@ def wrong_again(shop: Workshop, case: Case, known: Known) -> list[str]:
     return known.promise.broken_in_the_end(shop.work)
 
 
-# What a system may answer, to which changes; a full disk stays full.
+# What a system may answer, to which changes; a full disk stays full. A mode that cannot be changed is no error: file
+# systems without modes exist, and the new file is private there.
 ERRORS = {
     errno.ENOSPC: ("create", "write", "fsync", "mkdir"),
-    errno.EIO: ("create", "write", "fsync", "mkdir", "rename", "unlink", "rmdir", "mode"),
-    errno.EACCES: ("create", "mkdir", "rename", "unlink", "rmdir", "mode"),
+    errno.EIO: ("create", "write", "fsync", "mkdir", "rename", "unlink", "rmdir"),
+    errno.EACCES: ("create", "mkdir", "rename", "unlink", "rmdir"),
 }
 
 
 def fail_at(shop: Workshop, case: Case, known: Known, number: int, code: int) -> list[str]:
     """Lets this change fail, or from it on all that need room, then runs the command again; what is wrong."""
-    shop.reset()
+    shop.reset(known)
     left = number
 
     def operation(kind: str, path: Path) -> None:

@@ -85,15 +85,19 @@ class Promise:
     def __init__(
         self, before: Tree, passing: Mapping[str, set[str]], whole: Tree, discarded: Collection[str] = ()
     ) -> None:
-        self._before, self._passing, self._whole, self._discarded = before, passing, whole, discarded
+        self.before, self._passing, self._whole, self._discarded = before, passing, whole, discarded
+
+    def is_whole(self, now: Tree) -> bool:
+        """Whether this is what a run that nobody ends leaves."""
+        return now == self._whole
 
     def broken_by(self, root: Path) -> list[str]:
         """Sentences on what is half or lost under `root`, where a run was ended."""
         now, found = tree(root), []
         for name, held in now.items():
-            if held not in self._passing.get(name, set()) | {self._before.get(name)}:
+            if held not in self._passing.get(name, set()) | {self.before.get(name)}:
                 found.append(f"{name} is half, or nobody's: {held}")
-        for name, held in self._before.items():
+        for name, held in self.before.items():
             if name not in now and name not in self._discarded:
                 found.append(f"{name} is lost")
             elif now.get(name, held) != held and name not in self._passing:
