@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A full disk, an I/O error, a missing permission at any change of the disk: one sentence, nothing lost, nothing left."""
+"""A full disk, an I/O error or no permission at any change of the disk: one sentence, nothing lost, nothing left."""
 
 from __future__ import annotations
 

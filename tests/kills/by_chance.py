@@ -48,7 +48,7 @@ def measure(shop: Workshop, case: Case, known: Known) -> tuple[Pace, list[str]]:
 def kill_by_chance(shop: Workshop, case: Case, known: Known, pace: Pace, seed: str, number: int) -> dict[str, Any]:
     """One kill, tried until it comes before the end, and the same command again. What was met, and what is wrong."""
     drawn = random.Random(f"{seed} {case.name} {number}")
-    for tries in range(1, _TRIES + 1):
+    for _ in range(_TRIES):
         shop.reset(known)
         before = tree(shop.work)
         among_changes, part = number % _OF_ALL > 0, drawn.random()
@@ -64,7 +64,7 @@ def kill_by_chance(shop: Workshop, case: Case, known: Known, pace: Pace, seed: s
         if killed:
             break
     else:
-        raise AssertionError(f"{case.name}: ended {tries} times before it was killed")
+        raise AssertionError(f"{case.name}: ended {_TRIES} times before it was killed")
     now, half = tree(shop.work), temporary_files(shop.work)
     found = known.promise.broken_by(shop.work)
     with _Process(case, shop) as process:
@@ -73,7 +73,6 @@ def kill_by_chance(shop: Workshop, case: Case, known: Known, pace: Pace, seed: s
         found.append(f"again it ended with {again.code}: {again.words[-500:]}")
     return {
         "seconds": round(seconds, 3),
-        "tries": tries,
         "changed": now != before,
         "complete": known.promise.is_whole(now),
         "temporary_files": len(half),
@@ -86,7 +85,7 @@ class _Process:
 
     def __init__(self, case: Case, shop: Workshop) -> None:
         self._root = shop.work
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(shop.work.parent / "cache")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "cnllama", *case.words(shop.inputs, shop.work)],

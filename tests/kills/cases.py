@@ -109,10 +109,11 @@ _ALL = [
          folder="out", kills=40),
     Case("pretrain", f"adapt pretrain {{inputs}}/base -o {{work}}/out --data {{inputs}}/zh.txt --eval "
          f"{{inputs}}/zh_eval.txt {TRAINING}48", "--rank 4", refuses=True, folder="out", shared=True, kills=12),
-    Case("pretrain-full", f"adapt pretrain {{inputs}}/base -o {{work}}/out --data {{inputs}}/zh.txt --full {TRAINING}48",
-         "--lr 1e-3", refuses=True, folder="out", shared=True, kills=12),
+    Case("pretrain-full", f"adapt pretrain {{inputs}}/base -o {{work}}/out --data {{inputs}}/zh.txt --full "
+         f"{TRAINING}48", "--lr 1e-3", refuses=True, folder="out", shared=True, kills=12),
     Case("sft", f"adapt sft {{inputs}}/base -o {{work}}/out --data {{inputs}}/sft.jsonl --eval "
-         f"{{inputs}}/sft_eval.jsonl {TRAINING}400 --template chatml", "--rank 4", refuses=True, folder="out", shared=True, kills=12),
+         f"{{inputs}}/sft_eval.jsonl {TRAINING}400 --template chatml", "--rank 4", refuses=True, folder="out",
+         shared=True, kills=12),
     Case("convert", "convert {inputs}/base --lora {inputs}/lora -o {work}/x.cnl --quantizer rtn --report "
          "{work}/report.json", "--quant q8",
          kills=40),
@@ -120,7 +121,7 @@ _ALL = [
          kills=12),
     Case("export", "export {inputs}/x.cnl -o {work}/x.gguf", "--type f16", kills=20),
     Case("pretrain-restart", f"adapt pretrain {{inputs}}/base -o {{work}}/out --data {{inputs}}/zh.txt --restart "
-         f"{TRAINING}48 --save-every 0", "--rank 4", discards=True, folder="out", shared=True),
+         f"{TRAINING}48 --save-every 0", "--rank 4", discards=True, folder="out"),
     Case("recipe", "adapt run {inputs}/recipe.toml --data {inputs} -o {work}/out", "", folder="out", shared=True,
          kills=7),
     Case("recipe-redo", "adapt run {inputs}/recipe.toml --data {inputs} -o {work}/out --redo resized", "",

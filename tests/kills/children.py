@@ -78,7 +78,7 @@ def _be_the_child(words: Sequence[str], operation: Operation, at_end: Callable[[
 
 
 def warm_up() -> None:
-    """Imports what the commands import, so that children need not; libraries compute in one thread, as forks want it."""
+    """Imports what the commands import, for its children; libraries compute in one thread, as forks want it."""
     import torch
 
     ours = ("create", "merge", "pretrain", "recipe", "resize", "sft", "tokenizer_train")

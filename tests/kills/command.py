@@ -17,6 +17,7 @@ from typing import Any
 
 from fuzz.command import commit
 from fuzz.state import read_state
+
 from kills.by_chance import kill_by_chance, measure
 from kills.cases import CASES, Case, make_inputs
 from kills.children import warm_up

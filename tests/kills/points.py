@@ -137,7 +137,7 @@ def fail_at(shop: Workshop, case: Case, known: Known, number: int, code: int) ->
             raise OSError(code, os.strerror(code))
 
     ended = shop.run(case, operation)
-    found = known.promise.broken_by(shop.work)
+    found = known.promise.broken_by(shop.work, killed=False)
     if ended.code == known.code:  # what failed was not needed
         found += [f"it ended with {ended.code}, but {line}" for line in known.promise.broken_in_the_end(shop.work)]
     elif ended.code not in (1, 2) or not _is_one_sentence(ended.words):

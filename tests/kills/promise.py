@@ -16,12 +16,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from cnllama import files
+from cnllama.errors import InputError
 from cnllama.ownership import RECORD, OwnedDirectory
 
 Tree = dict[str, str]  # relative name -> hash of contents and mode; "" for a directory
-_TIMES = re.compile(
-    rb'"(seconds|peak_memory|eval_runtime|eval_samples_per_second|eval_steps_per_second|train_runtime)": [0-9.e+-]+'
-)
+_TIMES = re.compile(rb'"(seconds|peak_memory|\w+_runtime|\w+_per_second)": [0-9.e+-]+')
 _OF_TIMES = re.compile(rb'"(trainer_state\.json|log\.jsonl|training_args\.bin)": [0-9]+')  # sizes of files with times
 _SCRATCH = re.compile(r"\..+\.cnllama-[0-9]+-[0-9a-f]{8}\.scratch")
 
@@ -76,6 +75,14 @@ def _of_record(data: bytes) -> bytes:
         return b"half: " + data
 
 
+def _is_sound(path: Path) -> bool:
+    try:
+        OwnedDirectory(path.parent, "").read()
+    except InputError:
+        return False
+    return True
+
+
 class Promise:
     """before: the tree that the command found. passing: name -> contents at any moment of a run that nobody ends.
 
@@ -91,10 +98,15 @@ class Promise:
         """Whether this is what a run that nobody ends leaves."""
         return now == self._whole
 
-    def broken_by(self, root: Path) -> list[str]:
-        """Sentences on what is half or lost under `root`, where a run was ended."""
+    def broken_by(self, root: Path, killed: bool = True) -> list[str]:
+        """Sentences on what is half or lost under `root`, where a run was ended.
+
+        killed: directories have a record of what lies in them at that moment; after an error some tidying has followed.
+        """
         now, found = tree(root), []
         for name, held in now.items():
+            if not killed and name.rpartition("/")[2] == RECORD and _is_sound(root / name):
+                continue
             if held not in self._passing.get(name, set()) | {self.before.get(name)}:
                 found.append(f"{name} is half, or nobody's: {held}")
         for name, held in self.before.items():
