@@ -40,7 +40,7 @@ class OwnedDirectory:
     anything foreign is. wait: for another process that works there. scratch: matches the relative names of the files in
     SCRATCH, which libraries write there.
 
-    Whatever files.py puts into the directory itself is entered; an exception leaves no SCRATCH. Raises InputError naming
+    Whatever files.py puts into the directory itself is entered; an exception leaves no SCRATCH. Raises InputError for
     what is foreign, and for a place that cannot be written; CnllamaError where another process works there.
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kills import command
-from kills.by_chance import kill_by_chance, measure
+from kills.by_chance import ByChance
 from kills.cases import CASES
 from kills.children import Change
 from kills.faults import FAULTS
@@ -62,16 +62,19 @@ def test_kills_at_random_moments_go_on_where_they_were(
         command.main([*words[:5], "2", *words[6:]])
 
 
-def test_random_kill_is_one_and_finds_a_fault(workshop: Workshop) -> None:
+@pytest.mark.parametrize("number", [1, 4], ids=["child", "new Python"])
+def test_random_kill_finds_a_fault(workshop: Workshop, number: int) -> None:
+    """Somebody's file goes: as if the command had removed it."""
     case = CASES["export"]
     known = workshop.know(case, earlier=True)
-    pace, wrong = measure(workshop, case, known)
-    assert wrong == []
+    chance = ByChance(workshop, case, known, "seed")
+    met = chance.kill(number)
+    assert chance.wrong == met["wrong"] == []
+    assert met["new"] == (number == 4)
+    pace = chance.pace(met["new"])
     assert 0 < pace.first <= pace.last <= pace.end
-    met = kill_by_chance(workshop, case, known, pace, "seed", 1)
-    assert met["wrong"] == []
     (known.before / "notes.txt").rename(known.before / "gone")
     try:
-        assert "notes.txt is lost" in kill_by_chance(workshop, case, known, pace, "seed", 1)["wrong"]
+        assert "notes.txt is lost" in chance.kill(number)["wrong"]
     finally:
         (known.before / "gone").rename(known.before / "notes.txt")

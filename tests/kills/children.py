@@ -41,15 +41,40 @@ class Change:
     place: str
 
 
+class Forked:
+    """The command line in a child with this hook; used like subprocess.Popen. errors: its stderr."""
+
+    def __init__(
+        self, words: Sequence[str], errors: int, operation: Operation, at_end: Callable[[], None] = lambda: None
+    ) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _be_the_child(words, operation, at_end, errors)
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal; None while it runs."""
+        return self._wait(os.WNOHANG)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """At its end. A child ends itself after some time."""
+        code = self._wait(0)
+        assert code is not None
+        return code
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, options)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+
 def run(words: Sequence[str], operation: Operation, at_end: Callable[[], None] = lambda: None) -> Ended:
     """Runs the command line with this hook in a child."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     with tempfile.TemporaryFile() as errors:
-        child = os.fork()
-        if child == 0:
-            _be_the_child(words, operation, at_end, errors.fileno())
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = Forked(words, errors.fileno(), operation, at_end).wait()
         errors.seek(0)
         return Ended(code, errors.read().decode("utf-8", "replace"))
 
@@ -57,6 +82,7 @@ def run(words: Sequence[str], operation: Operation, at_end: Callable[[], None] =
 def _be_the_child(words: Sequence[str], operation: Operation, at_end: Callable[[], None], errors: int) -> None:
     code = 99
     try:
+        os.setsid()  # a group of its own, with the processes that it starts
         signal.alarm(_SECONDS)
         null = os.open(os.devnull, os.O_RDWR)
         for fd, given in ((0, null), (1, null), (2, errors)):

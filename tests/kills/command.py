@@ -18,7 +18,7 @@ from typing import Any
 from fuzz.command import commit
 from fuzz.state import read_state
 
-from kills.by_chance import kill_by_chance, measure
+from kills.by_chance import ByChance
 from kills.cases import CASES, Case, make_inputs
 from kills.children import warm_up
 from kills.points import ERRORS, Workshop, fail_at, kill_at
@@ -118,12 +118,11 @@ def _by_chance(shop: Workshop, case: Case, earlier: bool, done: _State, facts: R
     if not missing:
         return
     known = shop.know(case, earlier)
-    pace, wrong = measure(shop, case, known)
+    chance = ByChance(shop, case, known, facts["seed"])
     for key in missing:
-        met = kill_by_chance(shop, case, known, pace, facts["seed"], key["number"])
-        met["wrong"] = wrong + met["wrong"]
-        wrong = []
-        yield done.add(key | met | {"pace": [round(seconds, 2) for seconds in pace]})
+        met = chance.kill(key["number"])
+        met["wrong"] += chance.wrong
+        yield done.add(key | met)
 
 
 def _every(shop: Workshop, case: Case, earlier: bool, done: _State, facts: Record) -> Iterator[Record]:
@@ -152,11 +151,11 @@ def _summary(facts: Record, records: Sequence[Record]) -> Record:
         cases[name] = {"ended": dict(Counter(record["what"] for record in of_case))}
         if "seconds" in of_case[0]:
             cases[name] |= {
+                "of_a_new_python": sum(record["new"] for record in of_case),
                 "over_an_earlier_result": sum(record["earlier"] for record in of_case),
                 "before_the_first_change": sum(not record["changed"] for record in of_case),
                 "after_the_last": sum(record["complete"] for record in of_case),
                 "with_temporary_files": sum(record["temporary_files"] > 0 for record in of_case),
-                "first_and_last_change_and_end_s": of_case[0]["pace"],
             }
     wrong = [record for record in records if record["wrong"]]
     return facts | {"commit": commit(), "runs": len(records), "cases": cases, "wrong": wrong}

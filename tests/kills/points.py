@@ -138,11 +138,13 @@ def fail_at(shop: Workshop, case: Case, known: Known, number: int, code: int) ->
 
     ended = shop.run(case, operation)
     found = known.promise.broken_by(shop.work, killed=False)
-    if ended.code == known.code:  # what failed was not needed
-        found += [f"it ended with {ended.code}, but {line}" for line in known.promise.broken_in_the_end(shop.work)]
+    change = known.changes[number]
+    if ended.code == known.code:  # what failed was not needed; what could not be removed is said, and stays until then
+        said = change.kind in ("unlink", "rmdir") and "warning: " in ended.words
+        wrong = known.promise.broken_in_the_end(shop.work, more=said)
+        found += [f"it ended with {ended.code}, but {line}" for line in wrong]
     elif ended.code not in (1, 2) or not _is_one_sentence(ended.words):
         found.append(f"it ended with {ended.code}: {ended.words[-2000:]}")
-    change = known.changes[number]
     kept = temporary_files(shop.work) if change.kind not in ("unlink", "rmdir") else []
     found += [f"{name} was left behind by an error" for name in kept]
     return found + wrong_again(shop, case, known)

@@ -116,10 +116,10 @@ class Promise:
                 found.append(f"{name} was overwritten")
         return found
 
-    def broken_in_the_end(self, root: Path) -> list[str]:
-        """Sentences on what differs from a run that nobody ends."""
+    def broken_in_the_end(self, root: Path, more: bool = False) -> list[str]:
+        """Sentences on what differs from a run that nobody ends. more: other files may be there, too."""
         now = tree(root)
-        names = sorted({*now, *self._whole})
+        names = sorted(n for n in self._whole if not n.endswith(RECORD)) if more else sorted({*now, *self._whole})
         found = [f"{name} differs from that of a run that was not ended" for name in names
                  if now.get(name, "?") != self._whole.get(name, "?")]  # fmt: skip
         return found + [f"{name} was left behind" for name in temporary_files(root)]
