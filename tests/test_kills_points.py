@@ -7,9 +7,16 @@ there is room; `python tests/kills --every` ends all of them at every change, an
 
 from __future__ import annotations
 
+import re
+import resource
+import signal
+
 import pytest
 from kills.cases import CASES
-from kills.points import Workshop, chosen, kill_at
+from kills.children import before_number
+from kills.points import Workshop, chosen, kill_at, wrong_again
+
+from cnllama.ownership import OwnedDirectory
 
 # Changes of the disk before which a test ends a command, where not all of them: those that take long.
 MOST = {
@@ -44,3 +51,32 @@ def test_earlier_result_of_other_options_is_refused_before_anything_changes(work
     assert known.code == 2
     assert known.changes == []
     assert known.promise.is_whole(known.promise.before)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "half"),
+    [
+        ("create", (9000, 60_000), r"\.tmp\w{6}"),
+        ("pretrain", (9000, 100_000, 400_000), r"optimizer\.pt"),
+        ("pretrain-full", (100_000, 400_000), r"\.tmp\w{6}"),
+    ],
+)
+def test_kill_while_a_library_writes(workshop: Workshop, name: str, sizes: tuple[int, ...], half: str) -> None:
+    """The system ends the process at a file that grows too large, whoever writes it; half: one that is not ours."""
+    case = CASES[name]
+    known = workshop.know(case, earlier=False)
+    left = set()
+    for size in sizes:
+        workshop.reset(known)
+        ended = workshop.run(case, before_number(0, lambda kind, path, size=size: end_at(size)))
+        assert ended.code == -signal.SIGXFSZ, ended.words
+        assert not known.promise.broken_by(workshop.work)
+        left |= {path.name for path in workshop.work.rglob("*") if OwnedDirectory.SCRATCH in path.parts}
+        assert not wrong_again(workshop, case, known)
+    assert any(re.fullmatch(half, name) for name in left), left
+
+
+def end_at(size: int) -> None:
+    """From now on the process is ended when it writes a file of more bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

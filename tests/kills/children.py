@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ def _be_the_child(words: Sequence[str], operation: Operation, at_end: Callable[[
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.fsync = lambda _: None  # what survives a kill does not depend on it, and it takes most of the time
         files._operation = lambda kind, path: operation(kind, Path(path))
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())  # its own is shared with this process and with the children that are killed
         from cnllama.cli.main import main
 
         code = main(words)
