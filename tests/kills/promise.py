@@ -122,4 +122,4 @@ class Promise:
         names = sorted(n for n in self._whole if not n.endswith(RECORD)) if more else sorted({*now, *self._whole})
         found = [f"{name} differs from that of a run that was not ended" for name in names
                  if now.get(name, "?") != self._whole.get(name, "?")]  # fmt: skip
-        return found + [f"{name} was left behind" for name in temporary_files(root)]
+        return found + [f"{name} was left behind" for name in ([] if more else temporary_files(root))]
