@@ -336,8 +336,8 @@ def _take_over(path: Path, target: Path) -> None:
         return
     for owner in ((old.st_uid, old.st_gid), (-1, old.st_gid)):
         if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
-            _operation("mode", path)
             with suppress(OSError):  # only root may give a file away
+                _operation("mode", path)
                 os.chown(path, *owner)
             new = os.stat(path)
     same = (new.st_uid, new.st_gid) == (old.st_uid, old.st_gid)
@@ -345,9 +345,9 @@ def _take_over(path: Path, target: Path) -> None:
 
 
 def _change_mode(path: Path, mode: int) -> None:
-    if stat.S_IMODE(os.stat(path).st_mode) != mode:
-        _operation("mode", path)
-        with suppress(OSError):  # a file system without modes
+    with suppress(OSError):  # a file system without modes
+        if stat.S_IMODE(os.stat(path).st_mode) != mode:
+            _operation("mode", path)
             os.chmod(path, mode)
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -40,7 +41,7 @@ class OwnedDirectory:
     anything foreign is. wait: for another process that works there. scratch: matches the relative names of the files in
     SCRATCH, which libraries write there.
 
-    Everything that files.py puts directly into the directory while the block lasts is entered. Raises InputError naming
+    Whatever files.py puts into the directory itself is entered; an exception leaves no SCRATCH. Raises InputError for
     what is foreign, and for a place that cannot be written; CnllamaError where another process works there.
     """
 
@@ -88,6 +89,9 @@ class OwnedDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None:
+            with suppress(CnllamaError):  # what somebody else put there stays
+                self.remove(self.SCRATCH)
         files.set_claim(self._real, None)
         self._close(failed=kind is not None)
 
