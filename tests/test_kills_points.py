@@ -20,8 +20,8 @@ from cnllama.ownership import OwnedDirectory
 
 # Changes of the disk before which a test ends a command; fewer of those that take long.
 MOST = {
-    "tokenizer-train": 10, "create": 14, "pretrain": 12, "pretrain-full": 7, "sft": 4, "pretrain-restart": 7,
-    "convert": 10, "convert-gptq": 8, "export": 10, "recipe": 5, "recipe-redo": 4,
+    "tokenizer-train": 10, "create": 14, "pretrain": 9, "pretrain-full": 6, "sft": 3, "pretrain-restart": 5,
+    "convert": 10, "convert-gptq": 8, "export": 10, "recipe": 3, "recipe-redo": 3,
 }  # fmt: skip
 FRESH = [name for name, case in CASES.items() if not case.discards]
 OVER = [name for name, case in CASES.items() if not case.refuses]
