@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from cnllama import files
 from cnllama.container import read_json
 from cnllama.errors import CnllamaError, InputError, from_os_error
-from cnllama.paths import is_own_dir, real_path
+from cnllama.paths import is_own_dir, read_bytes, real_path
 
 RECORD = ".cnllama.json"
 _FORMAT, _VERSION = "cnllama-directory", 1
@@ -387,7 +387,7 @@ def _identity_of(status: os.stat_result) -> Identity:
 def _is_log(path: Path) -> bool:
     """Whether every whole line is a JSON object, as in the logs that we write; the last one may be torn."""
     try:
-        *lines, _ = files.read_bytes(path, _MAX_LOG).split(b"\n")
+        *lines, _ = read_bytes(path, _MAX_LOG).split(b"\n")
         return all(isinstance(json.loads(line), dict) for line in lines)
     except (CnllamaError, ValueError, RecursionError):
         return False

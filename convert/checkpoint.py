@@ -18,9 +18,8 @@ import numpy.typing as npt
 
 from cnllama.container import DTYPE_BYTES, SafetensorsFile, read_json
 from cnllama.errors import InputError
-from cnllama.files import open_regular
 from cnllama.mapped import WatchedFile
-from cnllama.paths import exists, is_dir, is_link
+from cnllama.paths import exists, is_dir, is_link, open_regular
 from cnllama.signatures import HEAD, what_it_is
 
 from . import diagnosis

@@ -25,9 +25,9 @@ from cnllama.convert.tokenizers import (
     read_tokenizer,
 )
 from cnllama.errors import InputError
-from cnllama.files import Output, make_directory, read_bytes, remove_directory, write_file, write_json
+from cnllama.files import Output, make_directory, remove_directory, write_file, write_json
 from cnllama.ownership import OwnedDirectory
-from cnllama.paths import exists, is_dir, same_file
+from cnllama.paths import exists, is_dir, read_bytes, same_file
 
 PAD = "[PAD]"
 _PIECES = 1
