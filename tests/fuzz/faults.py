@@ -76,7 +76,7 @@ FAULTS: dict[str, Fault] = {
     "cnl: the generation defaults are not checked": Fault("cnl", _CNL + "_check_generation", _nothing),
     "cnl: a fingerprint of anything": Fault("cnl", _CNL + "_check_fingerprint", _nothing),
     "checkpoint: JSON without end or sense": Fault(
-        "checkpoint", _BOX + "parse_json", lambda _: lambda text, what: json.loads(text)
+        "checkpoint", _BOX + "parse_json", lambda _: lambda text, what, names=False: json.loads(text)
     ),
     "checkpoint: tensors of any shape": Fault("checkpoint", "cnllama.convert.tensor_facts:fits", _always(True)),
     "checkpoint: words of SentencePiece as they are": Fault(
