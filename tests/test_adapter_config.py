@@ -81,7 +81,7 @@ def test_every_other_method_is_refused_by_name(root: Path, adapter: Path, kind: 
         ({"r": 16}, "says rank 16; the two files are not of one adapter"),
         ({"lora_alpha": "16"}, "lora_alpha is '16', expected a finite number"),
         ({"lora_alpha": True}, "lora_alpha is True"),
-        ({"lora_alpha": 10**400}, "expected a finite number"),
+        ({"lora_alpha": 10**399}, "expected a finite number"),
         ({"lora_alpha": 0}, "every LoRA matrix B (or A) is zero"),
         ({"lora_alpha": 1e40}, "scales its LoRA by 2.5e+39, expected at most 1e+15"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern of 'q_proj' is 'x', expected a finite number"),
@@ -115,7 +115,7 @@ def test_every_other_method_is_refused_by_name(root: Path, adapter: Path, kind: 
         ),
         ({"a_setting_of_2031": 5}, "the setting 'a_setting_of_2031' is 5 and unknown here"),
         ({"a_setting_of_2031": {"a": 1}}, "unknown here"),
-        ({"\ud800\x1b[2J" * 9: True}, "unknown here"),
+        ({"\u202e\x1b[2J" * 9: True}, "unknown here"),
     ],
     ids=lambda value: str(value)[:60].encode("ascii", "replace").decode(),
 )
@@ -202,7 +202,7 @@ def test_every_setting_of_peft_is_known(root: Path, adapter: Path) -> None:
 
 def test_infinite_alpha(root: Path, adapter: Path) -> None:
     (adapter / CONFIG).write_text((adapter / CONFIG).read_text().replace('"lora_alpha": 16', '"lora_alpha": 1e400'))
-    assert "lora_alpha is inf, expected a finite number" in sentence(root, adapter)
+    assert "1e400 is larger than any number" in sentence(root, adapter)
 
 
 KEYS = sorted({*peft.LoraConfig(task_type="CAUSAL_LM").to_dict(), "runtime_config", "a_new_key"})
