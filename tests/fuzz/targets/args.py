@@ -209,6 +209,8 @@ class Arguments(Target):
             words[1] = "merge"
         if words[0] == "bench" and "nope.cnl" not in words:  # it would measure the bundled model
             words.append("nope.cnl")
+        if words[0] == "convert" and not any(word.startswith("--calibrate-t") for word in words):
+            words += ["--calibrate-tokens", "2x32"]  # a calibrated quantizer takes its time, as it must
         stdin = b"".join(rng.choice(_LINES) for _ in range(rng.choice([0, 1, 2, 5]))) if words[:1] == ["chat"] else b""
         files: dict[str, Content] = {
             "fifo": Special("fifo"),
