@@ -184,7 +184,7 @@ def test_tokenizer_files_are_read_first(base: Path, data: Path, adapter: Path, t
         (("pretrain", "--data", "a.txt", "--eval", "b.doc"), "the name ends in '.doc'"),
         (("pretrain", "--data", "a.txt", "--document", "none"), "the template 'none' is not usable"),
         (("pretrain", "--data", "a.txt", "--lr", 0), "--lr is 0"),
-        (("sft", "--data", "a.jsonl", "--lr", "nan"), "--lr is nan"),
+        (("sft", "--data", "a.jsonl", "--lr", "nan"), "--lr: 'nan' is no finite number"),
     ],
 )
 def test_options_are_checked_before_files(tmp_path: Path, words: tuple[object, ...], sentence: str) -> None:
@@ -237,6 +237,11 @@ def test_line_breaks_of_a_template_may_be_typed() -> None:
 def test_restart_keeps_the_earlier_run_where_the_new_one_cannot_begin(base: Path, data: Path, tmp_path: Path) -> None:
     words: list[Any] = ["adapt", "pretrain", base, "-o", tmp_path / "out", "--data", data / "zh.txt", *SMALL]
     inside(*words, "--max-steps", 1)
-    for more in (["--block-size", 50_000], ["--batch-size", 3000], ["--rank", 0], ["--eval", tmp_path / "nowhere.txt"]):
+    for more in (
+        ["--block-size", 50_000],
+        ["--batch-size", 10**6],
+        ["--rank", 0],
+        ["--eval", tmp_path / "nowhere.txt"],
+    ):
         inside(*words, *more, "--restart", expect=2)
         assert (tmp_path / "out" / "result.json").exists()

@@ -7,7 +7,7 @@ instead of in a second copy (PEFT's modules_to_save wrapper), which is a gigabyt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from cnllama.adapt.hf_checkpoint import OutTensor, write_safetensors
+from cnllama.adapt.precision import freeze_linears, frozen_linear
+from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import make_directory, write_json
 
@@ -27,6 +29,7 @@ _NO_TARGETS = "dummy-target-modules"  # PEFT's own name for an adapter that has 
 
 Tensors = dict[str, torch.Tensor]
 State = Mapping[str, torch.Tensor]
+Values = Callable[[str], torch.Tensor]  # of a tensor of the merged base, float32, on the CPU
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,15 @@ class GrownHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., rows]."""
-        old = nn.functional.linear(hidden, self.old.to(hidden.dtype))
-        return torch.cat((old, nn.functional.linear(hidden, self.new.to(hidden.dtype))), -1)
+        new = nn.functional.linear(hidden, self.new.to(hidden.dtype))
+        return torch.cat((frozen_linear(hidden, self.old), new), -1)
 
 
-def prepare(model: Any, trained: Trained) -> Any:
-    """The model with exactly the chosen parameters requiring gradients, these in float32; returns what to train."""
+def prepare(model: Any, trained: Trained, values: Values | None = None) -> Any:
+    """The model with exactly the chosen parameters requiring gradients, these in float32; returns what to train.
+
+    values: where the model's weights are kept in 16 bits, the embeddings that train are taken from here.
+    """
     if trained.mode == "full":
         model.requires_grad_(True)
         return model.float()
@@ -101,7 +107,31 @@ def prepare(model: Any, trained: Trained) -> Any:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if trained.mode == "lora":
+        _draw_lora(model)
+    if values is not None:
+        _copy_embeddings(model, values)
+    freeze_linears(model)
     return model
+
+
+def _draw_lora(model: nn.Module) -> None:
+    """New matrices A in float32: PEFT rounds what it draws to the type of the weights beside it."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", True)
+
+
+def _copy_embeddings(model: nn.Module, values: Values) -> None:
+    with torch.no_grad():
+        for full_name, parameter in model.named_parameters():
+            name = _saved_name(full_name).removeprefix(_PREFIX)
+            if parameter.requires_grad and name in (EMBEDDING, LM_HEAD):
+                parameter.copy_(values(name))
+            elif name.endswith(".new"):
+                parameter.copy_(values(name.removesuffix("new") + "weight")[-parameter.shape[0] :])
 
 
 def _lora_config(trained: Trained) -> Any:
@@ -139,17 +169,19 @@ def _open_embeddings(core: Any, old_rows: int | None) -> None:
     core.set_output_embeddings(grown_head)
 
 
-def adapter_tensors(model: nn.Module, state: State | None = None) -> Tensors:
+def adapter_tensors(model: nn.Module, state: State | None = None, values: Values | None = None) -> Tensors:
     """The trained part of a prepared model by its name in an adapter file: float32, on the CPU.
 
     state: a gathered state dict, where the model's own parameters are sharded. Rows that do not train are included:
-    embed_tokens and lm_head are whole.
+    embed_tokens and lm_head are whole. values: where these rows come from; the model may hold them in 16 bits.
     """
-    # copies: tied matrices share memory, which a safetensors file cannot express
-    return {
-        name: torch.cat([part.detach().to("cpu", torch.float32, copy=True) for part in parts])
-        for name, parts in _parts(model, state).items()
-    }
+    tensors = {}
+    for name, parts in _parts(model, state).items():
+        if len(parts) == 2 and values is not None:
+            parts[0] = values(name.removeprefix(_PREFIX))[: parts[0].shape[0]]
+        # copies: tied matrices share memory, which a safetensors file cannot express
+        tensors[name] = torch.cat([part.detach().to("cpu", torch.float32, copy=True) for part in parts])
+    return tensors
 
 
 def adapter_shapes(model: nn.Module, state: State | None = None) -> dict[str, tuple[int, ...]]:
@@ -235,7 +267,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def check_saved(directory: Path, model: nn.Module, state: State | None = None) -> None:
-    """Reads an adapter back and compares it with the model: names, shapes, finite values, norms that are not zero.
+    """Reads an adapter back and compares it with the model: names, shapes, finite values, matrices that are not zero.
 
     An adapter whose every LoRA matrix B is zero has learned nothing, or was not saved. Raises CnllamaError.
     """
@@ -243,7 +275,7 @@ def check_saved(directory: Path, model: nn.Module, state: State | None = None) -
 
     file = directory / WEIGHTS
     expected = adapter_shapes(model, state)
-    norms: dict[str, float] = {}
+    largest: dict[str, float] = {}
     try:
         with safe_open(file, "pt") as saved:
             names = set(saved.keys())
@@ -255,15 +287,15 @@ def check_saved(directory: Path, model: nn.Module, state: State | None = None) -
                 tensor = saved.get_tensor(name)
                 if tuple(tensor.shape) != expected[name]:
                     _refuse(file, f"{name} is {list(tensor.shape)}, the model has {list(expected[name])}")
-                norms[name] = float(torch.linalg.vector_norm(tensor))
+                largest[name] = float(tensor.abs().max())
     except (OSError, ValueError, RuntimeError) as error:
         raise CnllamaError(f"{file}: the saved adapter cannot be read back ({error}); is the disk full?") from None
-    for name, norm in norms.items():
-        if not 0 <= norm < float("inf"):
+    for name, value in largest.items():
+        if not value < float("inf"):
             _refuse(file, f"{name} holds NaN or infinity")
-        if norm == 0 and "lora_B" not in name:
+        if value == 0 and "lora_B" not in name:
             _refuse(file, f"{name} is all zero")
-    learned = [norm for name, norm in norms.items() if "lora_B" in name]
+    learned = [value for name, value in largest.items() if "lora_B" in name]
     if learned and not any(learned):
         _refuse(file, "every LoRA matrix B is zero, so the adapter changes nothing: is the learning rate 0?")
 
@@ -272,23 +304,37 @@ def _refuse(file: Path, found: str) -> None:
     raise CnllamaError(f"{file}: read back after saving, {found}; the checkpoint is not usable and training stops here")
 
 
-def fold(model: Any, base: Path, adapters: list[Path]) -> None:
-    """Merges earlier adapters into the model's weights with the converter's own code, tensor by tensor.
+class MergedBase:
+    """A base with earlier adapters on it, merged by the converter's own code, read from the files tensor by tensor.
 
-    model: made with the configuration of the plan: tied embeddings and biases as the adapters leave them. Raises
-    InputError as `cnllama convert` does.
+    Raises InputError as `cnllama convert` does.
     """
-    from cnllama.convert.merge import changed_names
-    from cnllama.convert.pack import make_plan
 
-    plan = make_plan(base, adapters)
-    if plan.vocabulary.rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(plan.vocabulary.rows, mean_resizing=False)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in changed_names(plan.checkpoint, plan.tensors):
-            parameters[name].copy_(torch.from_numpy(plan.tensors[name].padded().read()))
-            plan.tensors[name].release()
+    def __init__(self, base: Path, adapters: Sequence[Path] = ()) -> None:
+        from cnllama.convert.pack import make_plan
+
+        self._plan = make_plan(base, adapters)
+
+    def values(self, name: str) -> torch.Tensor:
+        """A tensor with all its rows, float32."""
+        tensor = self._plan.tensors[name].padded()
+        values = torch.from_numpy(tensor.read())
+        tensor.release()
+        return values
+
+    def fold(self, model: Any) -> None:
+        """Puts all that the adapters change into a model of the base.
+
+        model: made with the configuration of the plan: tied embeddings and biases as the adapters leave them.
+        """
+        from cnllama.convert.merge import changed_names
+
+        if self._plan.vocabulary.rows != model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(self._plan.vocabulary.rows, mean_resizing=False)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in changed_names(self._plan.checkpoint, self._plan.tensors):
+                parameters[name].copy_(self.values(name))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
