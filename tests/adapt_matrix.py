@@ -80,7 +80,7 @@ class Cell:
         divided = self.processes * (2 if self.option == "accumulation" else 1)
         words = ["adapt", verb, place / "base", "-o", place / self.name, "--data", data, *more, *OPTIONS[self.option]]
         words += ["--max-steps", 1, "--batch-size", BATCH // divided, "--block-size", LENGTHS[verb], "--lr", LR]
-        words += ["--save-every", 0, "--dropout", 0, "--dtype", self.dtype, "--cache", place / "tokens"]
+        words += ["--save-every", 0, "--warmup", 0, "--dropout", 0, "--dtype", self.dtype, "--cache", place / "tokens"]
         return [*map(str, words), *(["--bf16"] if self.bf16 else [])]
 
 
@@ -135,13 +135,14 @@ def inside(words: Sequence[str]) -> None:
         raise AssertionError(f"{' '.join(words)}\n{written.getvalue()}")
 
 
-def launch(place: Path, cells: Sequence[Cell]) -> None:
-    """Runs cells of two processes under one torchrun; its processes run `worker`."""
+def launch(place: Path, commands: Sequence[Sequence[object]]) -> None:
+    """Runs command lines, one after the other, in the two processes of one torchrun, which run `worker`."""
     from test_adapt_pipeline import free_port
 
-    (place / "cells.json").write_text(json.dumps([cell.words(place) for cell in cells]))
+    listed = place / "commands.json"
+    listed.write_text(json.dumps([[str(word) for word in words] for words in commands]))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), __file__, str(place / "cells.json")]
+    command += ["--master-port", str(free_port()), __file__, str(listed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -159,7 +160,6 @@ def worker(listed: Path) -> None:
 def samples(place: Path, verb: str) -> list[reference.Sample]:
     """The first BATCH items of the first epoch, samples of packed blocks one by one."""
     from cnllama.adapt.data import Source, prepare_chat, prepare_text
-    from cnllama.adapt.datasets import PackedChat
     from cnllama.adapt.tokenfile import open_vocabulary
 
     vocabulary = open_vocabulary(place / "base")
@@ -173,6 +173,8 @@ def samples(place: Path, verb: str) -> list[reference.Sample]:
     chat = prepare_chat(sources, vocabulary, place / "tokens", max_length=LENGTHS["sft"], step_items=step_items)
     if verb == "sft":
         return [(chat[i]["input_ids"].tolist(), chat[i]["labels"].tolist()) for i in range(BATCH)]
+    from cnllama.adapt.datasets import PackedChat
+
     packed = PackedChat(chat, LENGTHS["sft"], vocabulary.pad_id)
     return [sample for i in range(BATCH) for sample in unpacked(packed[i])]
 
@@ -299,7 +301,7 @@ def main() -> int:
     one, two = all_cells([1]), all_cells([2])
     for cell in one:
         inside(cell.words(place))
-    launch(place, two)
+    launch(place, [cell.words(place) for cell in two])
     bad = table(place, one + two)
     print(f"{len(one + two)} cells, {bad} wrong")
     return int(bad > 0)

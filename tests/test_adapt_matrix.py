@@ -18,7 +18,6 @@ import torch
 from adapt_matrix import Cell, some_cells
 from test_adapt_pipeline import inside
 
-from cnllama.adapt.precision import choose_precision
 from cnllama.errors import InputError
 
 
@@ -31,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(place: Path) -> list[Cell]:
     """The cells of two processes, trained by one torchrun."""
     cells = some_cells(2)
-    adapt_matrix.launch(place, cells)
+    adapt_matrix.launch(place, [cell.words(place) for cell in cells])
     return cells
 
 
@@ -48,6 +47,8 @@ def test_a_step_of_two_processes_is_that_of_the_reference(place: Path, two: list
 
 def test_the_default_of_a_gpu_is_one_of_these(monkeypatch: pytest.MonkeyPatch) -> None:
     """--dtype auto keeps frozen weights in bfloat16 where a GPU has it, and multiplies in it: here bfloat16 --bf16."""
+    from cnllama.adapt.precision import choose_precision
+
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     default = choose_precision("auto", False, False, "cuda")
     assert default == choose_precision("bfloat16", True, False, "cpu")
