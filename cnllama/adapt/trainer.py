@@ -78,12 +78,15 @@ class AdaptTrainer(Trainer):
         self._order, self._held_out, self._precision = order, held_out, precision
         self._trained, self._values, self._base, self._describe = trained, values, base, describe
         self._warmup, self._schedule, self._out = warmup, schedule, out
-        self._carried: LossSum | None = None
+        self._sum = torch.zeros(1, device=self.args.device)
+        self._last_logged = 0
         self.loss_sum = LossSum([0.0], 0)
 
     def carry(self, loss: LossSum) -> None:
         """Begins with what a stopped run had not logged yet, so that the log is that of a run that never stopped."""
-        self._carried = loss
+        rank = self.args.process_index
+        self._sum += loss.sums[rank] if rank < len(loss.sums) else 0.0
+        self._last_logged = loss.last_logged
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of schedule.py; every step has a rate."""
@@ -121,11 +124,6 @@ class AdaptTrainer(Trainer):
         self, model: Any, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One batch forwards and backwards. Raises CnllamaError for a loss that is not finite, naming the batch."""
-        if self._carried is not None:
-            rank = self.args.process_index
-            self._tr_loss += self._carried.sums[rank] if rank < len(self._carried.sums) else 0.0
-            self._globalstep_last_logged = self._carried.last_logged
-            self._carried = None
         model.train()
         losses = self._losses(model, inputs)
         # gradients and logged losses are averaged over the devices
@@ -134,6 +132,7 @@ class AdaptTrainer(Trainer):
             self._refuse_batch(float(loss), inputs)
         engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if engine else {}))
+        self._sum += loss.detach()
         return loss.detach()
 
     def _losses(self, model: Any, batch: Batch) -> torch.Tensor:
@@ -165,9 +164,14 @@ class AdaptTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with our epochs: it takes the whole run for one."""
-        epoch, done, steps = self._order.position(self.state.global_step)
+        """Trainer's, with our epochs, of which it knows none, and our losses, which a run that goes on begins with."""
+        step = self.state.global_step
+        epoch, done, steps = self._order.position(step)
         self.state.epoch = epoch + done / steps
+        if "loss" in logs:
+            logs["loss"] = float(self.accelerator.gather(self._sum).mean()) / (step - self._last_logged)
+            self._sum.zero_()
+            self._last_logged = step
         super().log(logs, start_time)
 
     def _refuse_batch(self, loss: float, inputs: Batch) -> None:
@@ -190,8 +194,7 @@ class AdaptTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, and then the processes meet: what comes after it moves what all of them have written."""
         super()._save_checkpoint(*args, **kwargs)
-        sums = self.accelerator.gather(self._tr_loss.reshape(1))
-        self.loss_sum = LossSum(sums.tolist(), self._globalstep_last_logged)
+        self.loss_sum = LossSum(self.accelerator.gather(self._sum).tolist(), self._last_logged)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
