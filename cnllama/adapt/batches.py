@@ -62,9 +62,12 @@ class Order(Sampler[list[Key]]):
     ) -> None:
         self._items, self.split, self.device, self._full = items, split, device, full_batches
         self._ends: list[int] = []  # steps up to the end of every epoch that is known
+        self.steps = max_steps or self._steps_of(epochs)
+
+    def _steps_of(self, epochs: float) -> int:
         whole = int(epochs)
         part = math.ceil((Fraction(str(epochs)) - whole) * self._steps(whole)) if epochs != whole else 0
-        self.steps = max_steps or (self._end(whole - 1) if whole else 0) + part
+        return (self._end(whole - 1) if whole else 0) + part
 
     def _steps(self, epoch: int) -> int:
         return -(-self._items.count(epoch) // self.split.items)

@@ -23,6 +23,8 @@ from cnllama.errors import InputError
 from cnllama.templates import Template, Token, encode_chat, get_template
 from cnllama.tokenizer import Tokenizer
 
+_MAX_REPEAT = 1000
+
 
 @dataclass(frozen=True)
 class Source:
@@ -135,8 +137,11 @@ def check_sources(
     if not sources:
         raise InputError("there is no data file; give at least one")
     for source in (*sources, *held_out):
-        if not 0 < source.repeat < 1 << 20:
-            raise InputError(f"{source.path}: its repeat is {source.repeat:g}, expected a number over 0")
+        if not 0 < source.repeat <= _MAX_REPEAT:
+            raise InputError(
+                f"{source.path}: its repeat is {source.repeat:g}, expected a number over 0 and at most {_MAX_REPEAT}; "
+                "--epochs and --max-steps show the data more often"
+            )
         if source.path.is_dir():
             check_files([source.path])
         if format_of(source.path) not in forms:

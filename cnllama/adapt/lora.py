@@ -7,10 +7,11 @@ instead of in a second copy (PEFT's modules_to_save wrapper), which is a gigabyt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ _NO_TARGETS = "dummy-target-modules"  # PEFT's own name for an adapter that has 
 
 Tensors = dict[str, torch.Tensor]
 State = Mapping[str, torch.Tensor]
+T = TypeVar("T")
 Values = Callable[[str], torch.Tensor]  # of a tensor of the merged base, float32, on the CPU
 
 
@@ -53,6 +55,8 @@ class Trained:
             raise InputError("--train-new-rows-only and --full exclude each other: choose one")
         if not 1 <= self.rank <= 1 << 12:
             raise InputError(f"--rank is {self.rank}, expected 1 to {1 << 12}")
+        if not (math.isfinite(self.alpha) and self.alpha):
+            raise InputError(f"--alpha is {self.alpha:g}, expected a finite number that is not 0: LoRA is scaled by it")
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is {self.dropout:g}, expected 0 to less than 1")
         unknown = [name for name in self.targets if name not in TARGETS]
@@ -175,33 +179,33 @@ def adapter_tensors(model: nn.Module, state: State | None = None, values: Values
     state: a gathered state dict, where the model's own parameters are sharded. Rows that do not train are included:
     embed_tokens and lm_head are whole. values: where these rows come from; the model may hold them in 16 bits.
     """
-    tensors = {}
-    for name, parts in _parts(model, state).items():
-        if len(parts) == 2 and values is not None:
-            parts[0] = values(name.removeprefix(_PREFIX))[: parts[0].shape[0]]
+    shapes, tensors = adapter_shapes(model), {}
+    for name, parts in _parts(model.state_dict() if state is None else state).items():
+        old_rows, blocks = shapes[name][0] - parts[-1].shape[0], parts
+        if old_rows and values is not None:
+            blocks = [values(name.removeprefix(_PREFIX))[:old_rows], parts[-1]]
         # copies: tied matrices share memory, which a safetensors file cannot express
-        tensors[name] = torch.cat([part.detach().to("cpu", torch.float32, copy=True) for part in parts])
+        tensors[name] = torch.cat([block.detach().to("cpu", torch.float32, copy=True) for block in blocks])
     return tensors
 
 
-def adapter_shapes(model: nn.Module, state: State | None = None) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that adapter_tensors gives, without copying any."""
-    return {
-        name: (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        for name, parts in _parts(model, state).items()
-    }
+    # where DeepSpeed keeps a part of a parameter, it tells the shape of the whole
+    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters(remove_duplicate=False)}
+    return {name: (sum(part[0] for part in parts), *parts[0][1:]) for name, parts in _parts(shapes).items()}
 
 
-def _parts(model: nn.Module, state: State | None) -> dict[str, list[torch.Tensor]]:
-    """Every saved tensor as the list of blocks of rows that it is joined from."""
-    named = {_saved_name(name): t for name, t in (model.state_dict() if state is None else state).items()}
-    out: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in named.items():
+def _parts(parameters: Mapping[str, T]) -> dict[str, list[T]]:
+    """Of every saved tensor the blocks of rows that it is joined from; old rows may be missing in a gathered state."""
+    named = {_saved_name(name): value for name, value in parameters.items()}
+    out: dict[str, list[T]] = {}
+    for name, value in named.items():
         stem = name.removesuffix(".new")
         if stem != name:
-            out[stem + ".weight"] = [named[stem + ".old"], tensor]
+            out[stem + ".weight"] = [*([named[stem + ".old"]] if stem + ".old" in named else []), value]
         elif ".lora_" in name or name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            out[name] = [tensor]
+            out[name] = [value]
     return out
 
 
@@ -266,7 +270,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def check_saved(directory: Path, model: nn.Module, state: State | None = None) -> None:
+def check_saved(directory: Path, model: nn.Module) -> None:
     """Reads an adapter back and compares it with the model: names, shapes, finite values, matrices that are not zero.
 
     An adapter whose every LoRA matrix B is zero has learned nothing, or was not saved. Raises CnllamaError.
@@ -274,7 +278,7 @@ def check_saved(directory: Path, model: nn.Module, state: State | None = None) -
     from safetensors import safe_open
 
     file = directory / WEIGHTS
-    expected = adapter_shapes(model, state)
+    expected = adapter_shapes(model)
     largest: dict[str, float] = {}
     try:
         with safe_open(file, "pt") as saved:
@@ -298,6 +302,17 @@ def check_saved(directory: Path, model: nn.Module, state: State | None = None) -
     learned = [value for name, value in largest.items() if "lora_B" in name]
     if learned and not any(learned):
         _refuse(file, "every LoRA matrix B is zero, so the adapter changes nothing: is the learning rate 0?")
+
+
+def check_finite(directory: Path) -> None:
+    """Reads a whole checkpoint back. Raises CnllamaError for a value that is not finite."""
+    from safetensors import safe_open
+
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as saved:
+            for name in saved.keys():  # noqa: SIM118 (it is no mapping)
+                if not bool(saved.get_tensor(name).isfinite().all()):
+                    _refuse(file, f"{name} holds NaN or infinity")
 
 
 def _refuse(file: Path, found: str) -> None:

@@ -182,7 +182,13 @@ def divided(settings: Settings) -> Split:
 
 
 def _order(stage: Stage, data: Data) -> Order:
+    """Raises InputError where every step would have batches that nothing is left for."""
     settings = stage.settings
+    if settings.grad_accum > data.train.count(0):
+        raise InputError(
+            f"--grad-accum is {settings.grad_accum}, but an epoch of the data has {data.train.count(0):,} sequences; "
+            "give more data or a smaller --grad-accum"
+        )
     return Order(
         data.train,
         divided(settings),

@@ -12,7 +12,16 @@ import torch
 
 from cnllama.adapt.batches import Order, Ordered, Split
 from cnllama.adapt.checkpoints import LEFT, MARK, Checkpoints, complete_checkpoints, drop, scratch_directory
-from cnllama.adapt.lora import CONFIG, WEIGHTS, MergedBase, check_saved, count_parameters, load_adapter, prepare
+from cnllama.adapt.lora import (
+    CONFIG,
+    WEIGHTS,
+    MergedBase,
+    check_finite,
+    check_saved,
+    count_parameters,
+    load_adapter,
+    prepare,
+)
 from cnllama.adapt.plots import loss_curve, read_log
 from cnllama.adapt.precision import Precision
 from cnllama.adapt.progress import LOG, JsonLog, Progress, read_records
@@ -59,8 +68,9 @@ def train(job: Job) -> dict[str, Any]:
     if job.own is not None:
         job.own.make_scratch()
     base = MergedBase(stage.model, stage.adapters)
-    values = base.values if job.precision.frozen != torch.float32 else None
-    model = prepare(_load(stage, job.config, job.precision.frozen, base), stage.trained, values)
+    narrow = job.precision.frozen != torch.float32
+    model = _load(stage, job.config, job.precision.frozen, base)
+    model = prepare(model, stage.trained, base.values if narrow else None)
     found = complete_checkpoints(job.own or OwnedDirectory(stage.out, "").read())
     resume = found[-1] if found else None
     args = _arguments(job, resume is not None)
@@ -78,7 +88,7 @@ def train(job: Job) -> dict[str, Any]:
         held_out=_held_out(job),
         precision=job.precision,
         trained=stage.trained,
-        values=values,
+        values=base.values,
         base=stage.model.name,
         describe=job.vocabulary.tokenizer.decode,
         warmup=settings.warmup,
@@ -212,8 +222,10 @@ def _restore(stage: Stage, trainer: Any, log: JsonLog, checkpoint: Path) -> None
 
 
 def _check(stage: Stage, directory: Path, model: Any) -> None:
-    """What was saved is what was trained: of a whole checkpoint, transformers' own reader is the judge."""
-    if stage.trained.mode != "full" and (directory / WEIGHTS).exists():
+    """What was saved is what was trained; of a whole checkpoint, that it has no value that is not finite."""
+    if stage.trained.mode == "full":
+        check_finite(directory)
+    elif (directory / WEIGHTS).exists():
         check_saved(directory, model)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class AdaptTrainer(Trainer):
         held_out: tuple[Ordered, Order] | None,
         precision: Precision,
         trained: Trained,
-        values: Values | None,
+        values: Values,
         base: str,
         describe: Callable[[list[int]], str],
         warmup: float,
@@ -158,6 +159,11 @@ class AdaptTrainer(Trainer):
                 total += torch.stack((losses.double().sum(), total.new_tensor(_learned(batch["labels"]))))
         model.train(training)
         loss, count = self.accelerator.reduce(total, "sum").tolist()
+        if not math.isfinite(loss):
+            raise CnllamaError(
+                f"the held-out loss is {loss} after {self.state.global_step} steps, expected a finite number; lower "
+                "--lr, or begin from a sound model"
+            )
         metrics = {"eval_loss": loss / count}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # none of ours changes control
