@@ -44,11 +44,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 def write_base(place: Path) -> None:
-    """A model of 13 million parameters, so that a step is work."""
+    """A model of 3 million parameters, so that a step is work."""
     data = adapt_data.write_data(place / "data")
     tokenizer = models.train_tokenizer((data / "zh.txt").read_text().splitlines(), 420)
-    config = models.small_config(models.piece_count(tokenizer), hidden_size=384, intermediate_size=1024)
-    config |= {"num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 6}
+    config = models.small_config(models.piece_count(tokenizer), hidden_size=256, intermediate_size=704)
+    config |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
     models.make_llama(place / "base", tokenizer, tensors=models.random_tensors(config), dtype="float32", **config)
 
 
@@ -57,7 +57,7 @@ def speed(python: str, place: Path, case: str, steps: int, out: str) -> tuple[fl
     verb, *more = CASES[case]
     data = place / "data" / ("zh.txt:9" if verb == "pretrain" else "sft.jsonl")
     words = ["adapt", verb, place / "base", "-o", place / out, "--data", data, *more, "--max-steps", steps]
-    words += ["--log-every", 1, "--save-every", 0, "--lr", "1e-4", "--cache", place / f"tokens-{out.split('-', maxsplit=1)[0]}"]
+    words += ["--log-every", 1, "--save-every", 0, "--lr", "1e-4", "--cache", place / f"{out}-tokens"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
     result = subprocess.run(
         [python, "-c", RUN, *map(str, words)], capture_output=True, text=True, cwd=place, env=environment, check=False
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("old", metavar="OLD_PYTHON")
     parser.add_argument("new", metavar="NEW_PYTHON")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
     print("| training | old, tokens/s | new, tokens/s | ratio | ratio by the clock | rounds |")
     print("|---|---|---|---|---|---|")

@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from cnllama.space import check_space
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
+_MAX_DIGITS = 400  # of an integer; the largest float has 309
+_MAX_DEPTH = 100
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -43,27 +47,75 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} occurs twice")
+        raise ValueError(f"the key {twice!r:.80} occurs twice")
     return result
 
 
-def parse_json(text: str | bytes, what: str) -> Any:
-    """Strict JSON: no duplicate keys, no NaN or Infinity, no nesting without end. `what` begins the error."""
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits:.80} is larger than any number")
+    return value
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def _check_characters(text: str, value: object, names: bool) -> None:
+    """Raises ValueError for half a surrogate pair, which can be written as an escape and is no character."""
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape" if names else "strict")
+
+
+def parse_json(text: str | bytes, what: str, names: bool = False) -> Any:
+    """Strict JSON in UTF-8: no key twice, no number beyond the floats, no half characters, no nesting without end.
+
+    names: texts may be names of files, in which Python spells bytes that are no text as half characters. Raises
+    InputError, which `what` begins.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer, parse_float=_real
+        )
+        if _is_deep(value):
+            raise RecursionError
+        _check_characters(text, value, names)
+        return value
     except RecursionError:
         raise InputError(f"{what} is nested too deeply to be valid; the file is damaged") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} is not UTF-8 (byte {error.start}); save it as UTF-8, or get it again") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{what} holds half a surrogate pair, which is no character; get it again") from None
     except ValueError as error:
         raise InputError(f"{what} is not valid JSON ({error}); the file is damaged, get it again") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file. Raises InputError when it is no regular file, too long, or no object."""
+def read_json(path: Path, names: bool = False) -> dict[str, Any]:
+    """The object in a small JSON file. Raises InputError when it is no regular file, too long, or no object.
+
+    names: as for parse_json; files that we write ourselves hold some.
+    """
     data = read_bytes(path, MAX_HEADER_BYTES)
     contents = what_it_is(data[:HEAD], text=True)
     if contents is not None:
         raise InputError(f"{path}: {contents}")
-    value = parse_json(data.removeprefix(b"\xef\xbb\xbf"), f"{path}: the file")
+    value = parse_json(data.removeprefix(b"\xef\xbb\xbf"), f"{path}: the file", names)
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value

@@ -20,6 +20,7 @@ from typing import Any
 from cnllama import files
 from cnllama.container import parse_json
 from cnllama.errors import CnllamaError, InputError, from_os_error
+from cnllama.paths import is_dir, is_file
 
 _CHUNK = 1 << 22
 _FILE = "hashes"  # its own hash, then rows of JSON
@@ -76,7 +77,7 @@ def contents(path: Path, advance: Advance = lambda _: None) -> dict[str, str]:
     Of a checkpoint, adapter or tokenizer these are the model's own files, so that logs and pictures beside them are
     nobody's business; of another directory all regular files, at any depth. Raises InputError.
     """
-    if not path.is_dir():
+    if not is_dir(path):
         return {"": file_sha256(path, advance)}
     return {name: file_sha256(path / name, advance) for name in deciding_files(path)}
 
@@ -94,7 +95,7 @@ def deciding_files(directory: Path) -> list[str]:
         inner.sort()
         for name in names:
             path = Path(folder, name)
-            if path.is_file() and not files.is_temporary(name):
+            if is_file(path) and not files.is_temporary(name):
                 found.append(path.relative_to(directory).as_posix())
         if len(found) > _MAX_FILES:
             raise InputError(f"{directory}: holds more than {_MAX_FILES:,} files, expected the data of one run")
@@ -115,9 +116,9 @@ def cache_directory() -> Path | None:
     given = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(given):
         return Path(given) / "cnllama"
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, InputError):
         home = Path.home()
-        return home / ".cache" / "cnllama" if home.is_dir() else None
+        return home / ".cache" / "cnllama" if is_dir(home) else None
     return None
 
 

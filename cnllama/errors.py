@@ -8,6 +8,10 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+_LONGEST_VALUE = 600  # characters without a space; a name is at most 255 bytes, and a path seldom longer
+_LONGEST_MESSAGE = 1500
+_LOOKED_AT = 20_000  # of a text that may have millions
+
 
 def printable(text: str) -> str:
     """`text` as one line that a terminal only shows: it may come from a stranger's file, or be its name.
@@ -27,18 +31,40 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
+def bounded(text: str) -> str:
+    """`text` short enough to be read, whatever it quotes: a long value, then a long list, is cut in its middle.
+
+    A message begins with the file and ends with the mend: both ends stay.
+    """
+    if len(text) > _LONGEST_VALUE:
+        text = " ".join(_cut(word, _LONGEST_VALUE) for word in _cut(text, _LOOKED_AT).split(" "))
+    return _cut(text, _LONGEST_MESSAGE)
+
+
+def _cut(text: str, most: int) -> str:
+    """At most `most` characters, two thirds of them from the beginning."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 1]}…{text[len(text) - end :]}"
+
+
+def _sentence(text: str) -> str:
+    return bounded(printable(_cut(text, _LOOKED_AT)))
+
+
 class CnllamaError(Exception):
     """The work failed: a full disk, a machine that is too small, a file that changed while it was read.
 
-    message: one sentence; it may quote files, so it is made printable. details: lines that the command line prints
-    below it, a table for instance; each of them is made printable.
+    message: one sentence; it may quote files, so it is made printable and bounded. details: lines that the command line
+    prints below it, a table for instance; so is each of them.
     """
 
     exit_code = 1
 
     def __init__(self, message: str = "", details: Iterable[str] = ()) -> None:
-        super().__init__(printable(message))
-        self.details = [printable(line) for line in details]
+        super().__init__(_sentence(message))
+        self.details = [_sentence(line) for line in details]
         if self.details:
             self.__notes__ = self.details  # Python 3.11 and later show them in a traceback
 

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO
 
 from cnllama.errors import CnllamaError, InputError, from_os_error
+from cnllama.paths import check_name, exists, is_link, real_path, status
 
 try:
     import fcntl
@@ -65,7 +66,7 @@ class Output:
         self._fd, self.temporary = self._create()
         self._created = os.fstat(self._fd)
         self._committed = False
-        if self._target.exists():  # until the end it is nobody's business
+        if exists(self._target):  # until the end it is nobody's business
             _change_mode(self.temporary, 0o600)
 
     def __enter__(self) -> Output:
@@ -93,7 +94,7 @@ class Output:
         try:
             if not has_name(self._created, self.temporary):
                 raise CnllamaError(f"{self.path}: its temporary file {self.temporary.name} was removed or replaced")
-            if not self._target.exists():
+            if not exists(self._target):
                 _change_mode(self.temporary, stat.S_IMODE(self._created.st_mode))
             _operation("fsync", self.temporary)
             os.fsync(self._fd)
@@ -132,7 +133,7 @@ class Output:
 
 def _destination(path: Path) -> Path:
     """Where a file that is to be called `path` goes, links followed. Raises InputError where none can."""
-    target = Path(os.path.realpath(path))
+    target = real_path(path)
     try:
         kind = os.stat(path).st_mode
     except FileNotFoundError:
@@ -369,8 +370,9 @@ def make_directory(path: Path) -> list[Path]:
     missing = []
     level = path
     try:
-        while not level.is_dir():
-            if level.exists() or level.is_symlink():
+        while (found := status(level)) is None or not stat.S_ISDIR(found.st_mode):
+            # One look at it: another process may make it between two.
+            if found is not None or is_link(level):
                 raise InputError(f"{level}: this is a file, not a directory; choose another name")
             missing.append(level)
             level = level.parent
@@ -394,6 +396,7 @@ def remove_directory(path: Path) -> bool:
 
 def open_regular(path: Path) -> IO[bytes]:
     """Opens a file to read. Raises InputError for a pipe, a device, a directory: what could hang or never end."""
+    check_name(path)
     try:
         kind = os.stat(path).st_mode
         if stat.S_ISREG(kind):  # asked before, because opening some devices has effects, and after, of what was opened
@@ -410,12 +413,15 @@ def open_regular(path: Path) -> IO[bytes]:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """The whole of a small file. Raises InputError when it is no regular file, and for more than `limit` bytes."""
+    parts: list[bytes] = []
     with open_regular(path) as file:
-        data = _read(file, path, limit + 1)
-        if len(data) > limit:
-            size = max(os.fstat(file.fileno()).st_size, len(data))
-            raise InputError(f"{path}: {size:,} bytes is too long for such a file, expected at most {limit:,}")
-    return data
+        size = os.fstat(file.fileno()).st_size
+        while size <= limit and (data := _read(file, path, _CHUNK)):  # the size of some files of the system is 0
+            parts.append(data)
+            size = max(size, sum(map(len, parts)))
+    if size > limit:
+        raise InputError(f"{path}: {size:,} bytes is too long for such a file, expected at most {limit:,}")
+    return b"".join(parts)
 
 
 def _read(file: IO[bytes], path: Path, count: int) -> bytes:

@@ -95,7 +95,7 @@ class LLM:
         self.file = open_cnl(self.path)
         self.vocab_size: int = self.file.vocab_size
         self.template: Template = get_template(template or self.file.template)
-        self.tokenizer = Tokenizer(self.file.tokenizer_model, self.file.tokenizer)
+        self.tokenizer = Tokenizer(self.file.tokenizer_model, self.file.tokenizer, str(self.file.path))
         weights = sum(entry[0].nbytes for entry in self.file.engine_tensors().values())
         self.plan: Plan = make_plan(
             self.file.config,

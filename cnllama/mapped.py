@@ -26,7 +26,10 @@ class WatchedFile:
         self.path = Path(path)
         self._fd = -1
         with open_regular(self.path) as file:
-            self._fd = os.dup(file.fileno())
+            try:
+                self._fd = os.dup(file.fileno())
+            except OSError as error:
+                raise from_os_error(self.path, error) from None
         self._stamp = self._now()
         self.size = self._stamp[0]
         if self.size == 0:

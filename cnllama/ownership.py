@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from cnllama import files
 from cnllama.container import read_json
 from cnllama.errors import CnllamaError, InputError, from_os_error
+from cnllama.paths import is_own_dir, real_path
 
 RECORD = ".cnllama.json"
 _FORMAT, _VERSION = "cnllama-directory", 1
@@ -56,7 +57,7 @@ class OwnedDirectory:
         scratch: re.Pattern[str] | None = None,
     ) -> None:
         self.path = path
-        self._real = Path(os.path.realpath(path))
+        self._real = real_path(path)
         self._made_by, self._wanted, self._alone, self._wait = made_by, list(names), alone, wait
         self._scratch = scratch
         self._files: dict[str, list[Identity] | str] = {}
@@ -75,7 +76,7 @@ class OwnedDirectory:
             if self._alone:
                 self.refuse_strangers()
             self._sweep()
-            if not (self._real / RECORD).exists():
+            if not os.path.lexists(self._real / RECORD):
                 self._fresh = True
                 self._save()  # a place that cannot be written is found out before the work
             files.set_claim(self._real, self._claim)
@@ -160,7 +161,7 @@ class OwnedDirectory:
         found: dict[str, Identity | None] = {}
         for path in self._real.rglob("*"):
             name = path.relative_to(self._real).as_posix()
-            found[name] = None if path.is_dir() else self._identity(name)
+            found[name] = None if is_own_dir(path) else self._identity(name)
         return found
 
     def adopt(self, before: Mapping[str, Identity | None]) -> None:
@@ -171,7 +172,7 @@ class OwnedDirectory:
             if identity is not None and before.get(name) != identity:
                 self._files.pop(name, None)
                 self._files[name] = [identity]
-            elif name not in before and (self._real / name).is_dir() and not (self._real / name).is_symlink():
+            elif name not in before and is_own_dir(self._real / name):
                 self._directories = list(dict.fromkeys([*self._directories, name]))
         self._save()
 
@@ -186,7 +187,7 @@ class OwnedDirectory:
             raise InputError(_foreign(self.path / name))
         for path in sorted(source.rglob("*")):
             relative = f"{name}/{path.relative_to(source).as_posix()}"
-            if path.is_dir():
+            if is_own_dir(path):
                 self._directories.append(relative)
             else:
                 files.sync_file(path)
@@ -299,14 +300,14 @@ class OwnedDirectory:
     def _remove_tree(self, name: str) -> None:
         """A directory of which nothing is foreign: files, then directories, the innermost first."""
         top = self._real / name
-        inside = sorted(top.rglob("*"), key=lambda path: len(path.parts)) if top.is_dir() else []
+        inside = sorted(top.rglob("*"), key=lambda path: len(path.parts)) if is_own_dir(top) else []
         last_first = [self._real / n for n in reversed(self._files) if n.startswith(name + "/")]
         for path in dict.fromkeys([*last_first, *inside]):
-            if path.is_dir() and not path.is_symlink():
+            if is_own_dir(path):
                 continue
             files.remove_file(path)
-        for path in (*(p for p in reversed(inside) if p.is_dir()), top):
-            if path.exists() and not files.remove_directory(path):
+        for path in (*(p for p in reversed(inside) if is_own_dir(p)), top):
+            if os.path.lexists(path) and not files.remove_directory(path):
                 raise CnllamaError(f"{path}: this directory cannot be removed; is something being written there?")
         self._files = {n: known for n, known in self._files.items() if not n.startswith(name + "/")}
         self._directories = [n for n in self._directories if n != name and not n.startswith(name + "/")]
@@ -340,7 +341,7 @@ class OwnedDirectory:
         path = self._real / RECORD
         if not os.path.lexists(path):
             return
-        record = read_json(path)
+        record = read_json(path, names=True)
         known, directories, key = record.get("files"), record.get("directories"), record.get("key")
         if (record.get("format"), record.get("version")) != (_FORMAT, _VERSION) or not _is_record(known, directories):
             raise InputError(f"{path}: this is no record of a cnllama directory; move it away, or choose another")
@@ -367,7 +368,8 @@ def _is_record(known: Any, directories: Any) -> bool:
 
     def identities(value: object) -> bool:
         pairs = value if isinstance(value, list) else [None]
-        return value == _GROWS or all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        numbers = (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs)
+        return value == _GROWS or all(numbers)
 
     if not isinstance(known, dict) or not isinstance(directories, list):
         return False

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cnllama.errors import InputError
+from cnllama.paths import is_own_dir
 from cnllama.textio import tr
 from cnllama.values import integer, shown
 
@@ -189,7 +190,7 @@ def _cgroup_directories(proc: Path, unified: bool, path: str) -> Iterator[Path]:
         relative = PurePosixPath(path.lstrip("/"))
     directory = point / relative
     while True:
-        if directory.is_dir():
+        if is_own_dir(directory):
             yield directory
         if directory == point or point not in directory.parents:
             return

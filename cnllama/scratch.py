@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from cnllama import files
 from cnllama.errors import CnllamaError, InputError
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import real_path
 
 _TRIES = 3
 
@@ -22,7 +22,7 @@ def scratch_beside(target: Path) -> Iterator[Path]:
     Only what goes through files.py may be made there. A killed process leaves at most the directory, which the next
     scratch for the same target removes.
     """
-    real = Path(os.path.realpath(target))
+    real = real_path(target)
     for leftover in files.temporaries(real, "scratch"):
         with suppress(CnllamaError), OwnedDirectory(leftover, "scratch") as own:  # a living process has it locked
             own.delete()

@@ -7,8 +7,10 @@ import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 from cnllama.errors import InputError
+from cnllama.signatures import HEAD, what_it_is
 
 UNIGRAM, BPE = 1, 2
 
@@ -44,6 +46,31 @@ def parse(data: bytes, where: str) -> SentencePieceModel:
         return _model(data)
     except (ValueError, IndexError, struct.error) as error:
         raise InputError(f"{where}: the tokenizer is no SentencePiece model ({error}); convert again") from None
+
+
+def open_model(data: bytes, where: str) -> Any:
+    """The library's processor of a serialized model, every piece of which is text and one of which is the unknown one.
+
+    The library itself takes models without, and fails at the first text. Raises InputError for bytes that are no such
+    model; `where` begins its message and is its subject.
+    """
+    import sentencepiece
+
+    try:
+        if not data:
+            raise ValueError("it is empty")
+        processor: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
+        if not 0 <= processor.unk_id() < processor.get_piece_size():
+            raise ValueError("it has no piece for unknown text")
+        processor.id_to_piece(list(range(processor.get_piece_size())))
+    except Exception as error:  # the library raises RuntimeError, and others for bytes that are no message at all
+        contents = what_it_is(data[:HEAD])
+        if contents is not None:
+            raise InputError(f"{where} is no SentencePiece model but {contents.what}; {contents.mend}") from None
+        reason = "a piece is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = " ".join(reason.split())  # the library quotes the damaged bytes, line breaks and all
+        raise InputError(f"{where} is no SentencePiece model ({reason:.80}); get the file again") from None
+    return processor
 
 
 def with_dummy_prefix(data: bytes, flag: bool) -> bytes:

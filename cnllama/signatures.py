@@ -86,7 +86,7 @@ def what_the_file_is(path: Path) -> Contents | None:
             return None
         with open(path, "rb") as file:
             return what_it_is(file.read(HEAD))
-    except OSError:
+    except (OSError, ValueError):  # a text that is no file's name
         return None
 
 

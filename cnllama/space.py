@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from cnllama.errors import CnllamaError, from_os_error
+from cnllama.paths import exists, real_path
 
 
 def free_bytes(directory: Path) -> int:
     """Bytes an ordinary user may still write in `directory`, or where it would be made."""
-    level = Path(os.path.realpath(directory))
-    while not level.exists() and level.parent != level:
+    level = real_path(directory)
+    while not exists(level) and level.parent != level:
         level = level.parent
     try:
         status = os.statvfs(level)
@@ -23,7 +24,7 @@ def free_bytes(directory: Path) -> int:
 
 def check_space(path: Path, needed: int, what: str = "the file") -> None:
     """Raises CnllamaError when `needed` bytes cannot fit beside `path`."""
-    free = free_bytes(Path(os.path.realpath(path)).parent)
+    free = free_bytes(real_path(path).parent)
     if free < needed:
         raise CnllamaError(
             f"{path}: {what} will have {needed:,} bytes but its disk has {free:,} free; free some space or choose "

@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 import warnings
 from typing import BinaryIO
 
 from cnllama.encodings import UndecodableError, decode, locale_encoding
 from cnllama.errors import InputError, from_os_error
+from cnllama.paths import check_name
+
+MOST_TEXT = 1 << 26  # bytes of a text that is read whole
+_PART = 1 << 20
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -38,23 +43,37 @@ def decode_text(data: bytes, name: str) -> str:
     return found.text.replace("\r\n", "\n")
 
 
-def read_text_file(path: str | os.PathLike[str], most: int | None = None) -> str:
-    """The text of a file without its last line end. most: bytes it may have, for what need not have an end.
+def read_text_file(path: str | os.PathLike[str], most: int = MOST_TEXT) -> str:
+    """The text of a file, or of a pipe that something writes into, without its last line end. most: bytes it may have.
 
-    Raises InputError as decode_text, or for an unreadable file.
+    Raises InputError as decode_text, or for an unreadable file, one without an end and a pipe without a writer.
     """
+    check_name(path)
+    name = os.fspath(path)
     try:
-        with open(path, "rb") as file:
-            data = read_limited(file, os.fspath(path), most)
+        # Without O_NONBLOCK, to open a pipe would wait for its writer; what a shell's <(...) names has one.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            os.set_blocking(file.fileno(), True)
+            data = read_limited(file, name, most)
+            if not data and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                raise InputError(
+                    tr(
+                        f"{name}: nothing writes into this pipe: start that first, or give a file",
+                        f"{name}：没有程序向这个管道写入：请先启动它，或给一个文件",
+                    )
+                )
     except OSError as error:
         raise from_os_error(path, error) from error
-    return decode_text(data, os.fspath(path)).removesuffix("\n")
+    return decode_text(data, name).removesuffix("\n")
 
 
-def read_limited(file: BinaryIO, name: str, most: int | None) -> bytes:
+def read_limited(file: BinaryIO, name: str, most: int = MOST_TEXT) -> bytes:
     """All of a stream. Raises InputError when it has more than `most` bytes."""
-    data = file.read(-1 if most is None else most + 1)
-    if most is not None and len(data) > most:
+    parts: list[bytes] = []
+    while sum(map(len, parts)) <= most and (part := file.read(_PART)):
+        parts.append(part)
+    data = b"".join(parts)
+    if len(data) > most:
         raise InputError(
             tr(
                 f"{name}: more than {most >> 20} MiB, which no context holds: give a shorter text",
@@ -69,7 +88,17 @@ def decode_argument(text: str) -> str:
 
     Raises InputError as decode_text.
     """
-    return text if text.isascii() else decode_text(os.fsencode(text), tr("the argument", "参数"))
+    if text.isascii() and "\0" not in text:
+        return text
+    name = tr("the argument", "参数")
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError as error:  # from another program; a shell passes bytes
+        found = text[error.start]
+        raise InputError(
+            tr(f"{name}: {found!r} is no character of a text: leave it out", f"{name}：{found!r} 不是字符：请去掉")
+        ) from None
+    return decode_text(data, name)
 
 
 @functools.cache

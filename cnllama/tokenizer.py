@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cnllama.added_tokens import MARKER, SPACES, AddedToken, AddedTokens
 from cnllama.errors import InputError
-from cnllama.sentencepiece_model import as_control, with_dummy_prefix
+from cnllama.sentencepiece_model import as_control, open_model, with_dummy_prefix
 
 SPACE = "\u2581"
 REPLACEMENT = "\ufffd"
@@ -20,14 +20,15 @@ class Tokenizer:
 
     model: the bytes of `tokenizer.model`. settings: the `tokenizer` metadata of a .cnl (docs/format.md), of which
     `add_bos`, `add_dummy_prefix`, `legacy`, `bos_token_id`, `eos_token_id`, `added_tokens` (text -> id) and
-    `token_flags` are read. Raises InputError when the model cannot be read.
+    `token_flags` are read. where: names the file, to begin an error. Raises InputError when the model cannot be read.
     """
 
-    def __init__(self, model: bytes, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: bytes, settings: Mapping[str, Any] | None = None, where: str = "") -> None:
         settings = settings or {}
+        self._where = f"{where}: " if where else ""
         dummy_prefix = settings.get("add_dummy_prefix")
         self._model = model if dummy_prefix is None or not model else with_dummy_prefix(model, bool(dummy_prefix))
-        self._sp = _load(self._model)
+        self._sp = self._load(self._model)
         self.pieces = int(self._sp.get_piece_size())
         self.added_tokens = {str(text): int(i) for text, i in settings.get("added_tokens", {}).items()}
         flags = settings.get("token_flags", {})
@@ -93,7 +94,7 @@ class Tokenizer:
         """Id of the added, control or user-defined token called `name`, None when there is none."""
         if name in self.added_tokens:
             return self.added_tokens[name]
-        i = int(self._sp.piece_to_id(name))
+        i = int(self._sp.piece_to_id(name))  # of unknown text where there is no such piece
         plain = self._sp.is_unknown(i) or self._sp.is_byte(i) or self._sp.id_to_piece(i) != name
         return i if not plain and MARKER.fullmatch(name) else None
 
@@ -144,7 +145,10 @@ class Tokenizer:
         ids = [t.id for t in self._added if t.special and t.id < self.pieces and not self._sp.is_control(t.id)]
         if ids:
             self._model = as_control(self._model, ids)
-            self._sp = _load(self._model)
+            self._sp = self._load(self._model)
+
+    def _load(self, model: bytes) -> Any:
+        return open_model(model, f"{self._where}the tokenizer")
 
     def _neighbour(self, parts: Sequence[str | int], index: int) -> AddedToken | None:
         part = parts[index] if 0 <= index < len(parts) else ""
@@ -174,7 +178,7 @@ class Tokenizer:
 
     @cached_property
     def _without_prefix(self) -> Any:
-        return _load(with_dummy_prefix(self._model, False))
+        return self._load(with_dummy_prefix(self._model, False))
 
     @cached_property
     def _tokens_in_text(self) -> AddedTokens:
@@ -182,20 +186,6 @@ class Tokenizer:
         ids = [i for i in range(self.pieces) if self._sp.is_control(i) or self._sp.is_unknown(i)]
         pieces = [AddedToken(str(self._sp.id_to_piece(i)), i) for i in ids]
         return AddedTokens([*(t for t in pieces if t.text not in self.added_tokens), *self._added])
-
-
-def _load(model: bytes) -> Any:
-    import sentencepiece
-
-    try:
-        if not model:
-            raise ValueError("it is empty")
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:
-        reason = " ".join(str(error).split())  # SentencePiece quotes the damaged bytes, line breaks and all
-        raise InputError(
-            f"the tokenizer is not a SentencePiece model ({reason}): convert again with the original tokenizer.model"
-        ) from error
 
 
 class _Surface(NamedTuple):

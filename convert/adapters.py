@@ -14,6 +14,7 @@ import numpy as np
 from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.container import read_json
 from cnllama.errors import InputError
+from cnllama.paths import exists, is_dir, names_in
 
 from .adapter_config import Settings, read_settings
 from .adapter_targets import EMBED_MODULE, HEAD_MODULE
@@ -106,7 +107,7 @@ def open_adapter(directory: Path) -> Adapter:
     """
     _check_directory(directory)
     settings = read_settings(read_json(directory / _CONFIG), directory / _CONFIG)
-    file = next((directory / name for name in _FILES if (directory / name).exists()), None)
+    file = next((directory / name for name in _FILES if exists(directory / name)), None)
     if file is None:
         raise InputError(
             f"{directory}: there are no adapter weights, expected {' or '.join(_FILES)}{_others(directory)}"
@@ -130,12 +131,12 @@ def open_adapter(directory: Path) -> Adapter:
 
 def _check_directory(directory: Path) -> None:
     """Raises InputError for what holds no adapter_config.json, saying what it is instead and where the adapter lies."""
-    if not directory.is_dir():
-        if not directory.exists():
+    if not is_dir(directory):
+        if not exists(directory):
             raise InputError(f"{directory}: there is no such directory, expected the directory of a PEFT adapter")
-        mend = f"; give {directory.parent}" if (directory.parent / _CONFIG).exists() else ""
+        mend = f"; give {directory.parent}" if exists(directory.parent / _CONFIG) else ""
         raise InputError(f"{directory}: this is a file, expected the directory of a PEFT adapter{mend}")
-    if (directory / _CONFIG).exists():
+    if exists(directory / _CONFIG):
         return
     found = f"{directory}: there is no {_CONFIG}, expected a PEFT adapter"
     snapshots = sorted(path.parent for path in directory.glob(f"snapshots/*/{_CONFIG}"))
@@ -151,13 +152,13 @@ def _check_directory(directory: Path) -> None:
     if inside:
         names = ", ".join(path.name for path in inside[:5])
         raise InputError(f"{found}; it holds {len(inside)} adapters under their names ({names}), give one of them")
-    if (directory / "config.json").exists():
+    if exists(directory / "config.json"):
         raise InputError(f"{found}; this is a whole model, give it as BASE")
     raise InputError(f"{found}; get it too")
 
 
 def _others(directory: Path) -> str:
-    found = sorted(p.name for p in directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+    found = sorted(n for n in names_in(directory) if n.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf")))
     return f"; {', '.join(found[:3])} is no name that PEFT reads, save the adapter with PEFT" if found else ""
 
 

@@ -153,11 +153,13 @@ def _plain(file: Path, added: Mapping[str, Any]) -> Iterator[Added]:
 def _token(file: Path, text: str, flags: frozenset[str] | None, number: object) -> Added:
     if not text or not isinstance(number, int) or not is_count(number, 0, 1 << 31):
         raise InputError(f"{file}: added token {text!r:.40} has id {number!r:.40}, expected 0 or more; {_MEND}")
-    if len(text) > MAX_LENGTH or text.encode("utf-8", "replace").decode() != text:
-        raise InputError(
-            f"{file}: added token {number} is {text!r:.40}, expected Unicode of at most {MAX_LENGTH:,} characters"
-        )
-    return Added(text, number, flags, file)
+    return Added(_checked(text, f"{file}: added token {number}"), number, flags, file)
+
+
+def _checked(text: str, where: str) -> str:
+    if len(text) > MAX_LENGTH:
+        raise InputError(f"{where} is {text!r:.40} ..., expected at most {MAX_LENGTH:,} characters; {_MEND}")
+    return text
 
 
 def _entry(value: object, where: str) -> tuple[str, frozenset[str] | None]:
@@ -165,6 +167,7 @@ def _entry(value: object, where: str) -> tuple[str, frozenset[str] | None]:
     text = _content(value)
     if not isinstance(text, str):
         raise InputError(f"{where} is {value!r:.60}, expected a text or an object with its content; {_MEND}")
+    _checked(text, where)
     if not isinstance(value, dict):
         return text, None
     for name in FLAGS:

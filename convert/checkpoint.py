@@ -20,6 +20,7 @@ from cnllama.container import DTYPE_BYTES, SafetensorsFile, read_json
 from cnllama.errors import InputError
 from cnllama.files import open_regular
 from cnllama.mapped import WatchedFile
+from cnllama.paths import exists, is_dir, is_link
 from cnllama.signatures import HEAD, what_it_is
 
 from . import diagnosis
@@ -185,7 +186,8 @@ def _open_torch(path: Path) -> dict[str, SourceTensor]:
                 mapped = None  # the format of torch before 1.6, which cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler meets
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = (error.strerror if isinstance(error, OSError) else None) or str(error).strip() or type(error).__name__
+        reason = said.splitlines()[0]
         raise InputError(
             f"{path}: PyTorch cannot read it as plain weights ({reason:.120}); the file is damaged or holds code, "
             "get it again"
@@ -251,7 +253,7 @@ class Checkpoint:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint. Raises InputError that says what the directory is instead, where that shows."""
     path = directory / "config.json"
-    if not directory.is_dir() or not path.exists():
+    if not is_dir(directory) or not exists(path):
         raise InputError(f"{directory}: {diagnosis.no_checkpoint(directory)}")
     return read_json(path)
 
@@ -284,16 +286,16 @@ def _find_tensors(directory: Path, notices: list[str]) -> Iterator[tuple[str, So
     for whole in WHOLE:
         path, index = directory / whole, directory / f"{whole}.index.json"
         for file in (path, index):
-            if file.is_symlink() and not file.exists():
+            if is_link(file) and not exists(file):
                 raise InputError(
                     f"{file}: this links to {file.readlink()}, which is not there; get the file itself, a hub's cache "
                     "cannot be copied without its blobs"
                 )
-        if path.exists():
+        if exists(path):
             notices += _unread(directory, {whole})
             yield from open_weights(path).items()
             return
-        if index.exists():
+        if exists(index):
             yield from _open_shards(index, notices)
             return
     raise InputError(f"{directory}: {diagnosis.no_weights(directory)}")
@@ -317,7 +319,7 @@ def _open_shards(index: Path, notices: list[str]) -> Iterator[tuple[str, SourceT
         if not isinstance(file, str) or Path(file).name != file:
             raise InputError(f"{index}: the file of {name:.80} is {file!r:.80}, expected a name in the same directory")
     files = sorted(set(weight_map.values()))
-    missing = [file for file in files if not (index.parent / file).exists()]
+    missing = [file for file in files if not exists(index.parent / file)]
     if missing:
         raise InputError(
             f"{index}: names {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which is not "

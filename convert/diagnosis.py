@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from cnllama.errors import printable
+from cnllama.errors import InputError, printable
+from cnllama.paths import PathLike, exists, is_dir, is_file
 from cnllama.signatures import what_the_file_is
 
 _LISTED = 5
@@ -47,19 +48,17 @@ _LAYOUTS: tuple[tuple[str, str, str], ...] = (
 def no_checkpoint(directory: Path) -> str:
     """What stands where a directory with a config.json was expected: a sentence without its beginning."""
     expected = "expected the directory of a Hugging Face LLaMA"
-    if not directory.exists():
+    if not exists(directory):
         return f"there is no such directory, {expected}"
-    if not directory.is_dir():
+    if not is_dir(directory):
         contents = what_the_file_is(directory)
-        beside = (
-            directory.name.endswith((".safetensors", ".bin", ".json")) and (directory.parent / "config.json").exists()
-        )
+        beside = directory.name.endswith((".safetensors", ".bin", ".json")) and _there(directory.parent / "config.json")
         mend = f"; give the directory {directory.parent}" if beside else ""
         what = f" ({contents.what})" if contents is not None and not beside else ""
         return f"this is a file{what}, {expected}{mend}"
-    if (directory / "adapter_config.json").exists():
+    if _there(directory / "adapter_config.json"):
         return "this is a LoRA adapter, expected a base model; give it with --lora"
-    if (directory / "params.json").exists():
+    if _there(directory / "params.json"):
         return f"there is no config.json but Meta's params.json: these are Meta's own files; {_META}"
     return f"there is no config.json, {expected}{_elsewhere(directory)}"
 
@@ -96,6 +95,14 @@ def foreign_layout(directory: Path) -> str | None:
     return None
 
 
+def _there(path: PathLike, kind: Callable[[PathLike], bool] = exists) -> bool:
+    """The same as a guess: what cannot be told, here where the mend is looked for, is no."""
+    try:
+        return kind(path)
+    except InputError:
+        return False
+
+
 def _entries(directory: Path) -> set[str]:
     try:
         return {path.name for path in islice(directory.iterdir(), _LOOKED_AT)}
@@ -108,17 +115,17 @@ def _elsewhere(directory: Path, beside_config: bool = False) -> str:
     hub = _hub_snapshot(directory)
     if hub is not None:
         return hub
-    holders = sorted(path for path in _children(directory) if (path / "config.json").exists())
+    holders = sorted(path for path in _children(directory) if _there(path / "config.json"))
     runs = [path for path in _children(directory) if re.fullmatch(r"checkpoint-\d+", path.name)]
     if runs:
         last = max(runs, key=lambda path: int(path.name.split("-")[1]))
-        how = " with --lora" if (last / "adapter_config.json").exists() else ""
+        how = " with --lora" if _there(last / "adapter_config.json") else ""
         return f"; these are the checkpoints of a training run, give one of them{how}: {last}"
     if len(holders) == 1:
         return f"; the checkpoint lies in {holders[0]}, give that"
     if holders:
         return f"; several lie in it, give one of them: {', '.join(str(path) for path in holders[:3])}"
-    if not beside_config and (directory.absolute().parent / "config.json").exists():
+    if not beside_config and _there(directory.absolute().parent / "config.json"):
         return f"; it lies one step up, give {directory.absolute().parent}"
     layout = foreign_layout(directory)
     return f"; what lies there is {layout}" if layout and not beside_config else ""
@@ -126,7 +133,7 @@ def _elsewhere(directory: Path, beside_config: bool = False) -> str:
 
 def _children(directory: Path) -> list[Path]:
     """The directories in it."""
-    return [directory / name for name in sorted(_entries(directory)) if (directory / name).is_dir()]
+    return [directory / name for name in sorted(_entries(directory)) if _there(directory / name, is_dir)]
 
 
 def _hub_snapshot(directory: Path) -> str | None:
@@ -135,7 +142,7 @@ def _hub_snapshot(directory: Path) -> str | None:
     top = next((path for path in (here, here.parent) if path.name.startswith("models--")), None)
     if top is None:
         return None
-    snapshots = [path for path in _children(top / "snapshots") if (path / "config.json").exists()]
+    snapshots = [path for path in _children(top / "snapshots") if _there(path / "config.json")]
     if not snapshots:
         return "; this is a model in the hub's cache, and no snapshot of it has a config.json: download it again"
     wanted = next((text for text in _texts(top / "refs")), "")
@@ -147,9 +154,9 @@ def _texts(refs: Path) -> Iterator[str]:
     """The hashes that the names in `refs` stand for, main first."""
     for name in sorted(_entries(refs), key=lambda name: name != "main"):
         try:
-            if (refs / name).is_file() and (refs / name).stat().st_size < 100:
+            if is_file(refs / name) and (refs / name).stat().st_size < 100:
                 yield (refs / name).read_text(encoding="ascii", errors="replace").strip()
-        except OSError:
+        except (OSError, InputError):
             continue
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnllama.container import is_count, read_json
+from cnllama.paths import exists
 from cnllama.sampling import GENERATION_NAMES, read_defaults
 from cnllama.templates import BOS, EOS, TEMPLATES, Template
 
@@ -32,7 +33,7 @@ def generation_metadata(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """(the metadata, notices): who says what, and what of it cannot be kept."""
     files, rows = plan.vocabulary.tokenizer, plan.config["vocab_size"]
     path = plan.checkpoint.directory / NAME
-    given = read_json(path) if path.exists() else {}
+    given = read_json(path) if exists(path) else {}
     said = [(path, given), (plan.checkpoint.directory / "config.json", plan.checkpoint.config)]
     notices: list[str] = []
     result: dict[str, Any] = {

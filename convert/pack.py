@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.config import EMBEDDING, LM_HEAD
-from cnllama.errors import InputError, os_errors_explained
+from cnllama.errors import InputError, os_errors_explained, printable
 from cnllama.files import check_place
 from cnllama.format import TOKENIZER, CnlWriter, planned_size, stored_bytes
 from cnllama.space import check_space
@@ -136,7 +136,7 @@ def convert(
         content_sha256=written.content,
         peak_memory=peak_memory(),
         seconds=time.monotonic() - started,
-        warnings=job.plan.notices,
+        warnings=[printable(notice) for notice in job.plan.notices],
         quantizer=written.quantizer,
         reason=reason,
         held_out=verdict.to_dict() if verdict else None,

@@ -58,7 +58,7 @@ def check(file: CnlFile) -> str | None:
 
 
 def _encoded(model: bytes, settings: Mapping[str, Any], where: str, version: str) -> Iterator[_Case]:
-    tokenizer = Tokenizer(model, dict(settings))  # first: it refuses a damaged model in one sentence
+    tokenizer = Tokenizer(model, dict(settings), where)  # first: it refuses a damaged model in one sentence
     original = _Original(model, settings, where)
     for text in TEXTS:
         yield _Case(text, False, original.encode(text, False), tokenizer.encode(text))

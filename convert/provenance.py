@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cnllama.paths import real_path
+
 _HASH_DIGITS = 8
 
 
@@ -15,11 +17,11 @@ def model_name(directory: Path) -> str:
 
     The path is read before links are followed, for a cache's files are links to blobs that have hashes for names.
     """
-    for path in (Path(os.path.abspath(directory)), directory.resolve()):
+    for path in (Path(os.path.abspath(directory)), real_path(directory)):
         name = _hub_name(path.parts)
         if name is not None:
             return name
-    return directory.resolve().name or str(directory)
+    return real_path(directory).name or str(directory)
 
 
 def _hub_name(parts: Sequence[str]) -> str | None:

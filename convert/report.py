@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cnllama.paths import exists
+
 
 @dataclass
 class Report:
@@ -81,7 +83,7 @@ def resident_memory() -> int:
 
 def _status(key: str) -> int:
     status = Path("/proc/self/status")
-    if status.exists():
+    if exists(status):
         for line in status.read_text().splitlines():
             if line.startswith(key):
                 return int(line.split()[1]) * 1024

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cnllama.errors import CnllamaError
+from cnllama.errors import CnllamaError, InputError
 from cnllama.format import CnlFile, open_cnl
 from cnllama.llm import LLM
 from cnllama.verify import verify
@@ -28,11 +28,18 @@ _SECONDS = 0.01  # between two releases: what is read in this time is what a ste
 def check_written(name: Path, threads: int = 0) -> Callable[[Path], None]:
     """For CnlWriter.finish: raises CnllamaError when the file that was written for `name` is not what it should be.
 
-    threads: of the run, 0 for this machine's.
+    Raises InputError when it is, and its values are such that no token can be computed. threads: of the run, 0 for this
+    machine's.
     """
 
     def check(path: Path) -> None:
-        found = faults(path, threads)
+        try:
+            found = faults(path, threads)
+        except _NoNumbersError as error:
+            raise InputError(
+                f"{name}: was not kept, for the model's first token cannot be computed ({error}); its values are too "
+                "large or damaged, get the model's files again"
+            ) from None
         if found is not None:
             raise CnllamaError(
                 f"{name}: the new file does not pass its own check and was not kept: "
@@ -41,6 +48,10 @@ def check_written(name: Path, threads: int = 0) -> Callable[[Path], None]:
             )
 
     return check
+
+
+class _NoNumbersError(Exception):
+    """The logits of the first token are not finite; the message says which."""
 
 
 def faults(path: Path, threads: int = 0) -> str | None:
@@ -67,7 +78,12 @@ def _run_one_token(path: Path, threads: int) -> str | None:
         if llm.unusable_defaults:
             return f"its sampling defaults cannot be used: {'; '.join(llm.unusable_defaults.values())}"
         ids = llm.prompt_ids(_PROMPT)[: _CONTEXT // 2]
-        completion = llm.generate(ids, max_tokens=1)[0]
+        try:
+            completion = llm.generate(ids, max_tokens=1)[0]
+        except CnllamaError as error:
+            if isinstance(error.__cause__, ValueError):  # of the sampler; the file itself is as it was written
+                raise _NoNumbersError(str(error.__cause__)) from error
+            raise
     ended = completion.finish_reason == "stop"
     return None if completion.token_ids or ended else "it gives no token"
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cnllama.config import EMBEDDING, LM_HEAD, Expected, expected_tensors
 from cnllama.errors import InputError
+from cnllama.paths import exists, same_file
 
 from . import diagnosis
 from .checkpoint import FLOATS, SourceTensor, open_checkpoint, same_values
@@ -21,7 +22,7 @@ _SMALLEST_FREQUENCY = 1e-3
 def weights(r: Reading) -> None:
     """The files that transformers would read, opened; copies and tensors that the index forgot are still in them."""
     beside = r.directory / "adapter_config.json"
-    if beside.exists() and not any(path.exists() and path.samefile(r.directory) for path in r.adapters):
+    if exists(beside) and not any(same_file(path, r.directory) for path in r.adapters):
         raise InputError(
             f"{beside}: an adapter lies beside the model, and transformers would apply it; give the directory with "
             "--lora as well, or move the adapter elsewhere if it is merged already"

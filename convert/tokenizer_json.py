@@ -10,6 +10,7 @@ from typing import Any
 
 from cnllama.container import is_count, read_json
 from cnllama.errors import InputError
+from cnllama.paths import exists
 
 NAME = "tokenizer.json"
 _MEND = "get the file again"
@@ -35,7 +36,7 @@ class TokenizerJson:
 def read_tokenizer_json(directory: Path) -> TokenizerJson | None:
     """The directory's file, None where there is none. Raises InputError for a file that is not one."""
     path = directory / NAME
-    if not path.exists():
+    if not exists(path):
         return None
     values = read_json(path)
     added = values.get("added_tokens", [])

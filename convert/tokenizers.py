@@ -13,7 +13,8 @@ from typing import Any
 from cnllama.container import read_json
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
-from cnllama.signatures import HEAD, what_it_is
+from cnllama.paths import exists
+from cnllama.sentencepiece_model import open_model
 from cnllama.templates import CONTROL_NAMES
 
 from .added_tokens import ADDED, CONFIG, SPECIAL, Added, added_tokens, flags_to_store, role_names, special_tokens
@@ -30,17 +31,7 @@ _CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat
 @lru_cache(maxsize=4)
 def load_sentencepiece(model: bytes, where: str) -> Any:
     """The library's processor of a serialized model. `where` begins the InputError for bytes that are none."""
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # the library raises RuntimeError, and others for bytes that are no message at all
-        contents = what_it_is(model[:HEAD])
-        if contents is not None:
-            raise InputError(f"{where}: this is no SentencePiece model but {contents.what}; {contents.mend}") from None
-        raise InputError(
-            f"{where}: this is no SentencePiece model ({' '.join(str(error).split()):.80}); get the file again"
-        ) from None
+    return open_model(model, f"{where}: this")
 
 
 @dataclass(frozen=True)
@@ -202,7 +193,7 @@ def with_additions(chosen: TokenizerFiles, directories: Sequence[Path]) -> Token
     Raises InputError for a directory whose tokenizer.json belongs to another tokenizer.
     """
     for directory in directories:
-        if not (directory / MODEL).exists():
+        if not exists(directory / MODEL):
             chosen = read_tokenizer(directory, chosen) or chosen
     return chosen
 
@@ -215,11 +206,11 @@ def first_difference(a: TokenizerFiles, b: TokenizerFiles) -> int | None:
 
 
 def _read_model(path: Path) -> bytes | None:
-    return read_bytes(path, MAX_TOKENIZER) if path.exists() else None
+    return read_bytes(path, MAX_TOKENIZER) if exists(path) else None
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if exists(path) else {}
 
 
 def _check_pieces(files: TokenizerFiles, tokens: Mapping[str, Added]) -> None:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.errors import InputError
+from cnllama.paths import exists
 
 from .adapters import Adapter
 from .checkpoint import Checkpoint
@@ -148,7 +149,7 @@ def padding(rows: int) -> int:
 
 def _refuse_without_model(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> NoReturn:
     for directory in [*(a.directory for a in reversed(adapters)), checkpoint.directory]:
-        if (directory / "tokenizer.json").exists():
+        if exists(directory / "tokenizer.json"):
             raise InputError(
                 f"{directory}: there is only a tokenizer.json; expected the SentencePiece file tokenizer.model, give "
                 "its directory with --tokenizer DIR"
@@ -212,7 +213,7 @@ def _sizes(checkpoint: Checkpoint, adapters: Sequence[Adapter], override: Path |
         found.append((str(checkpoint.directory), name, tensor.shape[0] if tensor else "tied"))
     for adapter in adapters:
         tokenizer = read_tokenizer(adapter.directory, tokenizer)
-        own = (adapter.directory / "tokenizer.model").exists()
+        own = exists(adapter.directory / "tokenizer.model")
         found.append((str(adapter.directory), "tokenizer", tokenizer.size if own and tokenizer else "none"))
         found += [(str(adapter.directory), what, rows) for what, rows in dict.fromkeys(adapter.stated_rows())]
     if override is not None:

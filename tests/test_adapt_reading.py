@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapt_data import POEM, pairs, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from cnllama.adapt import reading
 from cnllama.adapt.reading import MAX_DOCUMENT_CHARS, ReadLog, read_conversations, read_documents
 
 
@@ -92,3 +97,34 @@ def test_bad_conversations_say_why(tmp_path: Path, record: dict[str, Any], reaso
     assert log.count == 1
     assert log.listed[0].startswith(f"{path}:2: ")
     assert reason in log.listed[0]
+
+
+@given(st.lists(st.integers(0, 40), max_size=12), st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_lines_without_an_end_are_left_out_one_by_one(tmp_path: Path, lengths: list[int], last_ends: bool) -> None:
+    lines = [f"{'x' * length}" for length in lengths]
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(lines) + "\n" * (last_ends and bool(lines)))
+    log = ReadLog()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "MAX_LINE", 10)
+        found = list(reading.read_lines(path, log))
+    if lines and not last_ends and not lines[-1]:
+        lines.pop()  # nothing follows the last line's end
+    assert found == [(i, line) for i, line in enumerate(lines, 1) if len(line) <= 10]
+    assert log.count == sum(len(line) > 10 for line in lines)
+    assert log.bytes_read == path.stat().st_size
+
+
+def test_a_huge_file_without_lines_is_read_within_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with path.open("wb") as file:
+        file.truncate(3 << 28)
+    code = (
+        "import resource, sys; from pathlib import Path; from cnllama.adapt.reading import ReadLog, read_documents\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); log = ReadLog()\n"
+        "print(list(read_documents(Path(sys.argv[1]), log)), log.listed)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert "[]" in done.stdout, done.stderr
+    assert "a.txt:1: the line has more than 67,108,864 bytes; break it" in done.stdout

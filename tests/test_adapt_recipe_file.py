@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,44 @@ def test_wrong_types_and_places_are_named(tmp_path: Path, text: str, sentence: s
 def test_lists_that_would_make_too_many_runs_are_refused(tmp_path: Path) -> None:
     many = list(range(1, 40))
     lists = "".join(f"{name} = {many}\n" for name in ("layers", "seed", "context"))
-    with pytest.raises(InputError, match="more than 1,000 variants"):
+    with pytest.raises(InputError, match="more than 400 variants"):
         read(tmp_path / "r.toml", f'[[stage]]\nname = "a"\ndo = "adapt create"\ntokenizer = "t"\n{lists}')
+
+
+HEX = "0x" + "f" * 5000
+SCRIPT = '[[stage]]\nname = "a"\ndo = "script"\nfile = "x"\n'
+DOTTED = " . ".join(["a", '"#"', "'\"'"] * 10_000)
+ENDLESS = {
+    "a hexadecimal variable": f"[variables]\nx = {HEX}\n{SCRIPT}",
+    "a hexadecimal option": f"{SCRIPT}n = {HEX}\n",
+    "a hexadecimal name": f"[[stage]]\nname = {HEX}\n",
+    "a binary item": f"{SCRIPT}n = [1, 0b{'1' * 20_000}]\n",
+    "an octal one elsewhere": f"description = {{a = [{{b = 0o{'7' * 9000}}}]}}\n{SCRIPT}",
+    "lists": f"{SCRIPT}n = {'[' * 200}{']' * 200}\n",
+    "dotted keys": f"{SCRIPT}{'.'.join('a' * 50_000)} = 1\n",
+    "dotted tables": f"[{DOTTED}]\n{SCRIPT}",
+    "dotted keys between texts": SCRIPT + 'n = {b = """\n""", ' + DOTTED + ' = "\\\\", c = "\\""}\n',
+    "many stages": "".join(SCRIPT.replace('"a"', f'"a{i}"') for i in range(3000)),
+    "many options": SCRIPT + "".join(f"k{i} = [{i}]\n" for i in range(15_000)),
+    "a text of texts": f'[variables]\nv = "{"x" * 100_000}"\n{SCRIPT}n = "{"${v}" * 20_000}"\n',
+    "a file of texts": f'[variables]\nv = "{"x" * 100_000}"\n{SCRIPT.replace("x", "${v}" * 20_000)}',
+    "many combinations": "".join(
+        f'[[stage]]\nname = "{name}"\ndo = "adapt create"\ntokenizer = "t"\nseed = {list(range(90))}\n'
+        for name in "abc"
+    )
+    + '[[stage]]\nname = "d"\ndo = "convert"\nbase = "${a}"\nlora = ["${b}", "${c}"]\n',
+    "a long file": "#" * (1 << 21),
+}
+
+
+@pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
+def test_what_has_no_end_is_refused_soon(tmp_path: Path, text: str) -> None:
+    started = time.process_time()
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / "r.toml", text)
+    assert time.process_time() - started < 4
+    assert str(caught.value).startswith(str(tmp_path / "r.toml"))
+    assert len(str(caught.value)) < 1500
 
 
 @pytest.mark.parametrize(
@@ -165,3 +202,10 @@ def test_values_that_begin_with_a_dash_are_values(tmp_path: Path) -> None:
     parsed = _leaf_parser("tokenizer train", "").parse_args(task.words)
     assert [str(path) for path in parsed.files] == ["-x.txt", "--y.txt"]
     assert parsed.template == "-{a}"
+
+
+@pytest.mark.parametrize(("value", "said"), [("a\0b", "NUL"), ("a\ud800", "cannot be written in utf-8")])
+def test_a_value_that_no_command_line_has_is_refused(tmp_path: Path, value: str, said: str) -> None:
+    (tmp_path / "r.toml").write_text(f'[variables]\nx = "1"\n{SCRIPT}n = "${{x}}"\n')
+    with pytest.raises(InputError, match=f"^--set x=.*{said}"):
+        read_recipe(tmp_path / "r.toml", None, [f"x={value}"])

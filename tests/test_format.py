@@ -173,7 +173,7 @@ MUTATIONS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "eps zero": (config(rms_norm_eps=0), "rms_norm_eps"),
     "eps infinite": (
         lambda h: text("config", h["__metadata__"]["config"].replace("1e-05", "1e999").replace("1e-06", "1e999"))(h),
-        "rms_norm_eps",
+        "1e999 is larger than any number",
     ),
     "theta a string": (config(rope_theta="big"), "rope_theta"),
     "theta negative": (config(rope_theta=-1), "rope_theta"),
@@ -195,7 +195,10 @@ MUTATIONS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "tokenizer flag a string": (metadata("tokenizer", lambda t: t.update(add_bos="yes")), "add_bos"),
     "added tokens a list": (metadata("tokenizer", lambda t: t.update(added_tokens=["x"])), "added tokens"),
     "added token outside": (metadata("tokenizer", lambda t: t.update(added_tokens={"x": 1 << 20})), "added tokens"),
-    "added token no text": (metadata("tokenizer", lambda t: t.update(added_tokens={"\ud800": 5})), "has no text"),
+    "added token no text": (
+        metadata("tokenizer", lambda t: t.update(added_tokens={"\ud800": 5})),
+        "half a surrogate pair",
+    ),
     "added tokens share an id": (metadata("tokenizer", lambda t: t.update(added_tokens={"x": 5, "y": 5})), "share"),
     "tokenizer hash wrong": (metadata("tokenizer", lambda t: t.update(sha256="0" * 64)), "does not match its hash"),
     "tokenizer length wrong": (
@@ -259,7 +262,7 @@ def test_data_off_the_64_byte_boundary_are_refused(cnl: Path, tmp_path: Path) ->
         (struct.pack("<Q", 500) + b"{}" + bytes(100), "ends after"),
         (struct.pack("<Q", 2) + b"{}", "no .cnl"),
         (struct.pack("<Q", 4) + b"{}}}", "not valid JSON"),
-        (struct.pack("<Q", 4) + b"{\xff\xff}", "not valid JSON"),
+        (struct.pack("<Q", 4) + b"{\xff\xff}", "is not UTF-8"),
     ],
     ids=["empty", "short", "gguf", "zip", "noise", "huge header", "cut header", "no metadata", "no json", "no utf-8"],
 )

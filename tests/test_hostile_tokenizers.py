@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cnllama.convert.tokenizers import TokenizerFiles
+
+from cnllama.errors import InputError
+from cnllama.tokenizer import Tokenizer
 
 pb = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="needs protobuf to make the models")
 
@@ -114,6 +118,35 @@ def test_hostile_models_are_refused_or_used_and_never_crash(tmp_path: Path, toke
     assert set(found) == set(models)
     assert found["sound"] == "used"
     assert found["charsmap random 1024"] == "refused"
+
+
+def useless(model: bytes) -> dict[str, bytes]:
+    """Models that the library opens and fails at later: with IndexError, UnicodeDecodeError or RuntimeError."""
+
+    def without_unknown(message: Any) -> None:
+        for piece in message.pieces:
+            if piece.type == piece.Type.UNKNOWN:
+                piece.type = piece.Type.UNUSED
+
+    begin = model.index(b"\x0a\x03\xe2\x96\x81")  # the piece of a space
+    more = changed(model, lambda m: m.pieces.add(piece="人", score=-99.0))
+    end = more.rindex("人".encode())
+    return {
+        "empty": b"",
+        "no unknown piece": changed(model, without_unknown),
+        "first piece no UTF-8": model[:begin] + b"\x0a\x03\xff\xfe\xfd" + model[begin + 5 :],
+        "last piece no UTF-8": more[:end] + b"\xed\xa0\x80" + more[end + 3 :],
+    }
+
+
+@pytest.mark.parametrize("name", ["empty", "no unknown piece", "first piece no UTF-8", "last piece no UTF-8"])
+def test_a_model_that_no_text_can_be_cut_with_is_refused_by_its_file(name: str, tokenizer_model: bytes) -> None:
+    model = useless(tokenizer_model)[name]
+    with pytest.raises(InputError, match=r"^x\.model: this is no SentencePiece model "):
+        _ = TokenizerFiles(Path("x.model"), model).processor
+    for settings in ({}, {"add_dummy_prefix": True}):
+        with pytest.raises(InputError, match=r"^x\.cnl: the tokenizer is no SentencePiece model "):
+            Tokenizer(model, settings, "x.cnl")
 
 
 def test_the_floor_is_the_first_version_that_refuses_them() -> None:

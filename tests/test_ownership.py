@@ -304,7 +304,8 @@ def interrupted(out: Path) -> None:
     [
         {}, {"format": "other"}, {"files": []}, {"files": {"../x": [[1, 1]]}}, {"files": {"/etc/passwd": [[1, 1]]}},
         {"files": {"a/../../x": [[1, 1]]}}, {"files": {"": []}}, {"files": {"a\0": []}}, {"files": {"a": 1}},
-        {"files": {"a": [1]}}, {"files": {"a": [[1]]}}, {"directories": {}}, {"directories": [".."]},
+        {"files": {"a": [1]}}, {"files": {"a": [[1]]}}, {"files": {"a": [[{}, 1]]}},
+        {"files": {"a": [[1, "x"]]}}, {"directories": {}}, {"directories": [".."]},
         {"directories": [1]}, {"version": 99},
     ],
 )  # fmt: skip

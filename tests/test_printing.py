@@ -154,3 +154,19 @@ def test_a_terminal_is_shown_control_characters_and_a_file_gets_them() -> None:
     assert seen == "红\\x1b[31m\\x9b2J\\u202e\\r\t春🧑\u200d🌾\r\nbar\r\\x1b]0;title\\x07"
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True)
     assert done.stdout.decode() == "红\x1b[31m\x9b2J\u202e\r\t春🧑\u200d🌾\n"
+
+
+@given(st.text(st.characters()), st.integers(0, 20_000), st.sampled_from(["", " ", ", "]))
+@example("\ud800", 20_000, "")
+def test_a_message_is_bounded_and_keeps_the_file_and_the_mend(piece: str, times: int, between: str) -> None:
+    file, mend = "/a/model.cnl: has ", ", expected a number; make it again"
+    said = str(InputError(f"{file}{between.join([piece] * times)}{mend}", [piece * times]))
+    assert len(said) <= 1500
+    assert said.startswith(file.rstrip())
+    assert said.endswith(mend.lstrip(", ") if piece else mend)
+    assert all(len(line) <= 1500 for line in InputError("", [piece * times]).details)
+
+
+def test_what_is_short_is_not_cut() -> None:
+    text = f"{'/directory' * 50}/model.cnl: " + "one of many words " * 40
+    assert str(InputError(text)) == text

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cnllama.convert.quantize.base import Work
 from cnllama.convert.quantize.calibration import read_calibration
 from cnllama.convert.quantize.llama import rotary_frequencies
 from cnllama.convert.quantize.rules import scheme_table
+from cnllama.convert.quantize.threads import torch_threads
 from cnllama.convert.quantize.walk import Gram, Walk, gram_of, output_error, rounded_to_nearest
 from models import ROPE_SCALINGS, load_transformers, make_llama, sample_lines
 from reference import rotary_frequencies as reference_frequencies
@@ -288,3 +290,12 @@ def test_room_for_both_files_is_asked_before_the_calibration(
     with pytest.raises(CnllamaError, match=r"will have .* bytes but its disk has"):
         convert(tiny_llama, [], tmp_path / "x.cnl", quantizer="gptq", calibrate=text, calibrate_tokens=TOKENS)
     assert [path.name for path in tmp_path.iterdir()] == ["plain.cnl"]
+
+
+@pytest.mark.parametrize("asked", [1, 2, 100, 1 << 20])
+def test_no_more_threads_than_processors_are_started(asked: int) -> None:
+    before = torch.get_num_threads()
+    with torch_threads(asked):
+        assert torch.get_num_threads() == min(asked, os.cpu_count() or 1)
+        assert torch.ones(300, 300).matmul(torch.ones(300, 300))[0, 0] == 300
+    assert torch.get_num_threads() == before

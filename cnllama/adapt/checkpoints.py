@@ -15,6 +15,7 @@ from cnllama.container import is_count, read_json
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import is_file, is_link
 from cnllama.stdio import say
 
 MARK = "complete.json"
@@ -65,7 +66,7 @@ class Checkpoints(TrainerCallback):
         directory = scratch_directory(self._own.path) / f"checkpoint-{state.global_step}"
         self._check(directory)
         epoch, step = self._order.position(state.global_step)[:2]
-        sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
+        sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if is_file(path)}
         position = {"epoch": epoch, "index": step * self._order.split.items}
         mark = {"step": state.global_step, "data_position": position, "files": sizes}
         write_json(directory / MARK, mark | self._more())
@@ -87,10 +88,10 @@ def complete_checkpoints(own: OwnedDirectory) -> list[Path]:
     found = []
     for name in own.directories():
         path = own.path / name
-        if not _CHECKPOINT.fullmatch(name) or path.is_symlink():
+        if not _CHECKPOINT.fullmatch(name) or is_link(path):
             continue
         try:
-            mark = read_json(path / MARK)
+            mark = read_json(path / MARK, names=True)
             sizes = mark["files"]
             whole = is_count(mark["step"]) and all((path / n).stat().st_size == size for n, size in sizes.items())
         except (OSError, CnllamaError, KeyError, TypeError, ValueError, AttributeError):

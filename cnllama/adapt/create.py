@@ -15,6 +15,7 @@ from cnllama.arguments import add_output_option
 from cnllama.errors import InputError
 from cnllama.files import copy_file
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import exists
 from cnllama.stdio import show
 
 _FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(own: OwnedDirectory, model: Any, tokenizer: Path) -> None:
     for name in _FILES:
-        if (tokenizer / name).exists():
+        if exists(tokenizer / name):
             copy_file(tokenizer / name, own.path / name)
     scratch = own.make_scratch()
     model.save_pretrained(scratch / "model")

@@ -20,6 +20,7 @@ from cnllama.adapt.reading import (
 )
 from cnllama.adapt.tokenfile import Entry, FileReport, Vocabulary, token_file
 from cnllama.errors import InputError
+from cnllama.paths import is_dir
 from cnllama.templates import Template, Token, encode_chat, get_template
 from cnllama.tokenizer import Tokenizer
 
@@ -142,7 +143,7 @@ def check_sources(
                 f"{source.path}: its repeat is {source.repeat:g}, expected a number over 0 and at most {_MAX_REPEAT}; "
                 "--epochs and --max-steps show the data more often"
             )
-        if source.path.is_dir():
+        if is_dir(source.path):
             check_files([source.path])
         if format_of(source.path) not in forms:
             raise InputError(f"{source.path}: a text file holds no instructions, expected .jsonl or .json")

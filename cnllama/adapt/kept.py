@@ -18,6 +18,7 @@ from typing import Any
 from cnllama.contents import contents, deciding_files
 from cnllama.errors import CnllamaError, InputError
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import is_dir, same_file
 from cnllama.space import check_space
 
 _ABSENT = object()
@@ -41,7 +42,7 @@ def described(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def _size(path: Path) -> int:
     with suppress(OSError):
-        return sum((path / n).stat().st_size for n in deciding_files(path)) if path.is_dir() else path.stat().st_size
+        return sum((path / n).stat().st_size for n in deciding_files(path)) if is_dir(path) else path.stat().st_size
     return 0
 
 
@@ -101,7 +102,7 @@ def result_directory(
     CnllamaError where there is no room.
     """
     for path in (path for paths in inputs.values() for path in paths):
-        if out.exists() and path.exists() and out.samefile(path):
+        if same_file(out, path):
             raise InputError(f"{out}: this is one of the inputs and would be overwritten; choose another --output")
     with OwnedDirectory(out, made_by, alone=True, scratch=scratch) as own:
         if not own.is_ours(last):

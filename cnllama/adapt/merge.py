@@ -16,6 +16,7 @@ from cnllama.convert.merge import MergedTensor, bias_settings
 from cnllama.convert.pack import Plan, make_plan
 from cnllama.errors import InputError
 from cnllama.files import copy_file, write_json
+from cnllama.paths import exists
 from cnllama.stdio import say, show
 
 _SIZES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
@@ -87,7 +88,7 @@ def _write_small_files(plan: Plan, base: Path, out: Path, dtype: str) -> None:
     tokenizer = plan.vocabulary.tokenizer.file.parent
     copy_file(plan.vocabulary.tokenizer.file, out / "tokenizer.model")
     for name in _SMALL_FILES:
-        source = next((d / name for d in (tokenizer, base) if (d / name).exists()), None)
+        source = next((d / name for d in (tokenizer, base) if exists(d / name)), None)
         if source is not None:
             copy_file(source, out / name)
     config = {**plan.checkpoint.config, "vocab_size": plan.config["vocab_size"]}

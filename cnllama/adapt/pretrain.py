@@ -20,6 +20,7 @@ from cnllama.adapt.stage import Data, Stage, run_stage
 from cnllama.adapt.tokenfile import Vocabulary
 from cnllama.errors import InputError
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import real_path
 from cnllama.textio import decode_argument
 
 _LEARNING_RATE = {1: 2e-4, 2: 1e-4}  # the paper's
@@ -123,7 +124,7 @@ def make_trained(args: argparse.Namespace, mode: str) -> Trained:
 def open_cache(args: argparse.Namespace) -> Iterator[Path]:
     """The directory of the tokenized files, while no other process of this machine makes any."""
     cache = Path(args.cache) if args.cache else Path(args.output).parent / "tokens"
-    if cache.resolve() == Path(args.output).resolve():
+    if real_path(cache) == real_path(args.output):
         raise InputError(f"{cache}: tokenized files and the result cannot share a directory; choose another --cache")
     with OwnedDirectory(cache, "tokenized data", wait=True):
         yield cache

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from cnllama.errors import printable
 from cnllama.files import append, read_bytes, write_file
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import exists
 
 LOG = "log.jsonl"
 _MAX_LOG = 1 << 30
@@ -119,7 +120,7 @@ def quiet() -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Lines of a log that are whole."""
     records = []
-    for line in read_bytes(path, _MAX_LOG).splitlines() if path.exists() else []:
+    for line in read_bytes(path, _MAX_LOG).splitlines() if exists(path) else []:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

@@ -12,6 +12,7 @@ from typing import Any
 
 from cnllama.errors import InputError, from_os_error
 from cnllama.files import open_regular, read_bytes
+from cnllama.paths import is_dir
 from cnllama.templates import join_input
 
 FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".json": "json"}
@@ -19,6 +20,7 @@ FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".json": "json"}
 POEM_TEMPLATE = "《{title}》\n{dynasty}·{author}\n{paragraphs}"
 # A text file without blank lines would otherwise be one document of its own size.
 MAX_DOCUMENT_CHARS = 1 << 18
+MAX_LINE = 1 << 26  # bytes
 _LISTED_PROBLEMS = 20
 _MAX_ARRAY = 1 << 32  # bytes of a .json file, which is read whole
 _BOM = "\ufeff"
@@ -61,11 +63,19 @@ def format_of(path: Path, given: str | None = None) -> str:
 
 
 def read_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end). Lines that are not UTF-8 are problems."""
+    """(line number from 1, line without its end). Lines that are not UTF-8, or have no end, are problems."""
     try:
         with open_regular(path) as file:
-            for number, raw in enumerate(file, 1):
+            number = 0
+            while raw := file.readline(MAX_LINE + 1):
+                number += 1
                 log.bytes_read += len(raw)
+                if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
+                    log.add(f"{path}:{number}", f"the line has more than {MAX_LINE:,} bytes; break it")
+                    while raw and not raw.endswith(b"\n"):
+                        raw = file.readline(MAX_LINE)
+                        log.bytes_read += len(raw)
+                    continue
                 try:
                     line = raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
@@ -244,6 +254,6 @@ def _check_messages(messages: object) -> list[dict[str, str]]:
 def check_files(paths: Sequence[Path]) -> None:
     """Raises InputError for the first path that is no readable file or has an unknown ending."""
     for path in paths:
-        if path.is_dir():
+        if is_dir(path):
             raise InputError(f"{path}: this is a directory, expected a file of text or JSON lines")
         open_regular(path).close()

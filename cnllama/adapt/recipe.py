@@ -32,6 +32,7 @@ from cnllama.contents import file_sha256
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import exists, is_dir, is_file
 from cnllama.stdio import say, show
 
 _IDENTITY = 2  # raised when the same recipe comes to mean something else
@@ -82,7 +83,7 @@ def _first() -> bool:
 def _check_outside(tasks: Sequence[Task], recipe: Recipe) -> None:
     """Raises InputError for a file that a later stage would not find."""
     for task in tasks:
-        script = [] if task.script is None or task.script.is_file() else [str(task.script)]
+        script = [] if task.script is None or is_file(task.script) else [str(task.script)]
         missing = [*task.missing, *script]
         if missing:
             raise InputError(f"{recipe.path}: stage {task.stage.name} names {missing[0]}, and there is no such file")
@@ -94,23 +95,23 @@ def _check_directory(task: Task, again: bool) -> None:
     again: it is to be removed and made again.
     """
     directory = task.directory
-    if not directory.exists():
+    if not exists(directory):
         return
-    if not directory.is_dir():
+    if not is_dir(directory):
         raise InputError(f"{directory}: this is a file, where the stage's directory would be; choose another --output")
     own = OwnedDirectory(directory, "adapt run", scratch=SCRATCH_FILES).read()
     if again or not (own.names() or own.directories() or own.key):
         own.refuse_strangers()
-    if not again and (directory / MARK).exists():
-        _check_mark(task, read_json(directory / MARK), None)
+    if not again and exists(directory / MARK):
+        _check_mark(task, read_json(directory / MARK, names=True), None)
 
 
 def run_task(task: Task, recipe: Recipe) -> None:
     """Runs a stage unless it is finished; training goes on where it was. Raises the stage's errors with its name."""
     mark = task.directory / MARK
-    if mark.exists():
+    if exists(mark):
         if _first():
-            before = read_json(mark)
+            before = read_json(mark, names=True)
             _check_mark(task, before, {name: _outputs(given.directory) for name, given in task.inputs.items()})
             _check_outputs(task, before.get("outputs"))
         return
@@ -124,7 +125,7 @@ def run_task(task: Task, recipe: Recipe) -> None:
     if not _first():
         return _wait(mark)
     inputs = {name: _outputs(given.directory) for name, given in task.inputs.items()}
-    result = read_json(task.directory / RESULT) if (task.directory / RESULT).exists() else {}
+    result = read_json(task.directory / RESULT, names=True) if exists(task.directory / RESULT) else {}
     record = {
         "identity": _identity(task) | {"inputs": inputs},
         "outputs": _outputs(task.directory),
@@ -199,12 +200,12 @@ def _mend(task: Task) -> str:
 def _outputs(directory: Path) -> dict[str, str]:
     """Name -> hash of what a stage made, as far as it is still there."""
     names = sorted(set(OwnedDirectory(directory, "").read().names()) - _ASIDE)
-    return {name: file_sha256(directory / name) for name in names if (directory / name).is_file()}
+    return {name: file_sha256(directory / name) for name in names if is_file(directory / name)}
 
 
 def _wait(mark: Path) -> None:
     """Other processes of torchrun wait for the first, which does what one process can."""
-    while not mark.exists():
+    while not exists(mark):
         time.sleep(0.2)
 
 
@@ -243,7 +244,7 @@ def _followers(tasks: Sequence[Task], name: str) -> list[Task]:
 def _forget(stale: Sequence[Task]) -> None:
     """Removes what these stages made; nothing foreign is among it, as has been checked."""
     for task in reversed(stale):
-        if task.directory.exists():
+        if exists(task.directory):
             with OwnedDirectory(task.directory, "adapt run", alone=True, scratch=SCRATCH_FILES) as own:
                 own.delete()
 
@@ -254,8 +255,8 @@ def _summarize(tasks: Sequence[Task], out: Path) -> None:
         return
     rows = []
     for task in tasks:
-        if (task.directory / RESULT).exists():
-            rows.append({"stage": task.stage.name, **task.variant, **read_json(task.directory / RESULT)})
+        if exists(task.directory / RESULT):
+            rows.append({"stage": task.stage.name, **task.variant, **read_json(task.directory / RESULT, names=True)})
     if not rows:
         return
     write_json(out / _SUMMARY, rows)

@@ -22,6 +22,7 @@ from cnllama.arguments import ListAction
 from cnllama.errors import InputError
 from cnllama.files import read_bytes
 from cnllama.ownership import RECORD
+from cnllama.paths import check_name, exists
 
 MARK = "stage.json"
 SCRIPT = "script"
@@ -31,8 +32,12 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _OWN_KEYS = ("name", "do", "output", "file")
 _PLAIN = re.compile(r"[A-Za-z0-9._+-]{1,40}")  # values that stand in a directory's name as they are
-_MAX_BYTES = 1 << 22
-_MAX_TASKS = 1000
+_MAX_BYTES, _MAX_DEPTH = 1 << 18, 20
+# What of TOML may hold dots without being a key, in the order in which it is recognized.
+_NO_KEY = re.compile(r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*''', re.DOTALL)
+_MAX_STAGES, _MAX_OPTIONS = 200, 200
+_MAX_TASKS, _MAX_COMBINATIONS = 400, 100_000
+_MAX_TEXT = 1 << 17  # characters of a value with what its variables stand for; a command line has room for no more
 # Options that name what a command writes, not what it reads.
 _WRITTEN = {"report", "cache", "plot", "json", "output", "save_reference"}
 _READ_AS_TEXT = {"data", "eval", "deepspeed"}  # options of other types that name files all the same
@@ -94,6 +99,10 @@ def read_recipe(path: Path, data: Path | None, changes: Sequence[str] = ()) -> R
             raise InputError(
                 f"--set {change}: expected NAME=VALUE with a name of {', '.join(variables) or 'no variable'}"
             )
+        try:
+            check_name(value)  # a file's or not, it becomes a word of a command line
+        except InputError as error:
+            raise InputError(f"--set {name}={error}") from None
         variables[name] = value
     variables["recipe"] = str(path.parent)
     if data is not None:
@@ -113,9 +122,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         except ModuleNotFoundError:
             raise InputError("recipes need tomli on this Python; run: pip install 'cnllama[adapt]'") from None
     try:
-        content: dict[str, Any] = tomllib.loads(read_bytes(path, _MAX_BYTES).decode("utf-8"))
+        text = read_bytes(path, _MAX_BYTES).decode("utf-8")
+        # The time that tomllib takes for a dotted key grows with the square of its parts.
+        if any(words.count(".") > _MAX_DEPTH for words in re.split(r"[\n=,\[\]{}]", _NO_KEY.sub("", text))):
+            raise ValueError(f"a key has more than {_MAX_DEPTH} parts")
+        content: dict[str, Any] = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not valid TOML ({error!s:.200})") from None
+    _check_values(path, content)
     unknown = set(content) - {"variables", "stage", "description"}
     if unknown:
         raise InputError(f"{path}: has {min(unknown)!r:.60}, expected only description, [variables] and [[stage]]")
@@ -133,7 +147,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: stage is {stages!r:.60}, expected tables, each under [[stage]]")
     if not stages:
         raise InputError(f"{path}: has no [[stage]], expected at least one")
+    if len(stages) > _MAX_STAGES:
+        raise InputError(f"{path}: has {len(stages):,} [[stage]], expected at most {_MAX_STAGES}")
     return {"variables": variables, "stage": stages}
+
+
+def _check_values(path: Path, value: object, depth: int = 0) -> None:
+    """Raises InputError for an integer that TOML does not have, which Python may not print, and for endless nesting."""
+    if depth > _MAX_DEPTH:
+        raise InputError(f"{path}: is nested more than {_MAX_DEPTH} deep, expected [variables] and [[stage]]")
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_values(path, item, depth + 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{path}: holds an integer of {value.bit_length():,} bits, expected at most 64 with its sign")
 
 
 def _is_scalar(value: object) -> bool:
@@ -159,6 +186,8 @@ def _read_stage(
     if not isinstance(do, str) or do.partition(" ")[0] not in _COMMANDS:
         raise InputError(f"{where}: do is {do!r:.60}, expected a command of {', '.join(_COMMANDS)}")
     options = {key: value for key, value in table.items() if key not in _OWN_KEYS}
+    if len(options) > _MAX_OPTIONS:
+        raise InputError(f"{where}: has {len(options):,} options, expected at most {_MAX_OPTIONS}")
     for key, value in options.items():
         items = value if isinstance(value, list) else [value]
         if not items or not all(map(_is_scalar, items)):
@@ -202,13 +231,16 @@ def expand(recipe: Recipe, out: Path) -> list[Task]:
     Every command line has been parsed and checked: what a command refuses by its options alone is refused here.
     """
     tasks: dict[str, list[Task]] = {}
+    parsers: dict[str, argparse.ArgumentParser | None] = {SCRIPT: None}
     for stage in recipe.stages:
         where = f"{recipe.path}: stage {stage.name}"
-        parser = None if stage.do == SCRIPT else _leaf_parser(stage.do, where)
+        if stage.do not in parsers:
+            parsers[stage.do] = _leaf_parser(stage.do, where)
+        parser = parsers[stage.do]
         swept = {} if parser is None else _swept(stage, parser)
         needed = [name for name in dict.fromkeys(_references([*stage.options.values()])) if name in tasks]
         tasks[stage.name] = []
-        if math.prod(len(tasks[name]) for name in needed) > _MAX_TASKS**2:
+        if math.prod(len(tasks[name]) for name in needed) > _MAX_COMBINATIONS:
             raise InputError(f"{where}: the lists of its inputs make too many combinations; shorten them")
         for combination in product(*(tasks[name] for name in needed)):
             shared = _join(combination)
@@ -221,8 +253,8 @@ def expand(recipe: Recipe, out: Path) -> list[Task]:
                 task = Task(stage, variant, inputs, out / _directory(stage, variant))
                 _complete(task, recipe, chosen, parser, where)
                 tasks[stage.name].append(task)
-                if len(tasks[stage.name]) > _MAX_TASKS:
-                    raise InputError(f"{where}: its lists make more than {_MAX_TASKS:,} variants; shorten them")
+                if sum(map(len, tasks.values())) > _MAX_TASKS:
+                    raise InputError(f"{where}: with it, lists make more than {_MAX_TASKS} variants; shorten them")
         directories = [task.directory for task in tasks[stage.name]]
         if len(set(directories)) < len(directories):
             raise InputError(f"{where}: a list has a value twice")
@@ -305,9 +337,9 @@ def _complete(task: Task, recipe: Recipe, chosen: Options, parser: argparse.Argu
         if parser is not None and action is None:
             raise InputError(f"{where}: {stage.do} has no option {key!r:.60}; see cnllama {stage.do} --help")
         listed = raw if isinstance(raw, list) else [raw]
-        items = [_fill(item, values) for item in listed]
+        items = [_fill(item, values, f"{where}: {key}") for item in listed]
         # Where files lie does not count, what is in them does.
-        task.options[key] = [_fill(item, settled) for item in listed]
+        task.options[key] = [_fill(item, settled, f"{where}: {key}") for item in listed]
         for item, name, text in zip(listed, task.options[key], items, strict=True):
             if not any(reference in outputs for reference in _references([item])):
                 _note_file(task, action, name, text)
@@ -320,7 +352,7 @@ def _complete(task: Task, recipe: Recipe, chosen: Options, parser: argparse.Argu
     last = [item for dest in order for item in positionals.get(dest, [])]
     task.words = [*options, "-o", str(output), *["--"][: any(item.startswith("-") for item in last)], *last]
     if stage.file:
-        task.script = Path(_fill(stage.file, recipe.variables))
+        task.script = Path(_fill(stage.file, recipe.variables, f"{where}: file"))
         for path in script_files(task.script):
             task.outside.append((stage.file if path == task.script else f"{stage.file} ({path.name})", path))
     if parser is not None:
@@ -353,8 +385,8 @@ def _note_file(task: Task, action: argparse.Action | None, name: str, text: str)
     if not read or (action is not None and action.dest in _WRITTEN):
         return
     try:
-        found = next((Path(t) for t in (text, text.rpartition(":")[0]) if t and Path(t).exists()), None)
-    except OSError:  # a text that is too long for a name
+        found = next((Path(t) for t in (text, text.rpartition(":")[0]) if t and exists(t)), None)
+    except InputError:  # a text that is no name, or too long for one
         return
     if found is not None:
         task.outside.append((name, found))
@@ -362,7 +394,11 @@ def _note_file(task: Task, action: argparse.Action | None, name: str, text: str)
         task.missing.append(text)
 
 
-def _fill(value: Any, values: Mapping[str, str]) -> str:
+def _fill(value: Any, values: Mapping[str, str], where: str) -> str:
+    """An option's value as text, with what its references stand for. Raises InputError where that has no end."""
     if not isinstance(value, str):
-        return _text(value) if isinstance(value, bool) else str(value)
+        return _text(value)
+    size = len(value) + sum(len(values.get(name, "")) for name in _REFERENCE.findall(value))
+    if size > _MAX_TEXT:
+        raise InputError(f"{where} is a text of {size:,} characters, expected at most {_MAX_TEXT:,}")
     return _REFERENCE.sub(lambda match: values.get(match[1], match[0]), value)

@@ -27,8 +27,9 @@ from cnllama.convert.checkpoint import (
     open_weights,
 )
 from cnllama.convert.tokenizers import MAX_TOKENIZER, MODEL, TokenizerFiles, first_difference, read_tokenizer
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 from cnllama.files import copy_file, read_bytes, write_json
+from cnllama.paths import exists, is_dir
 from cnllama.stdio import say, show
 from cnllama.tokenizer import SPACE, Tokenizer
 
@@ -99,7 +100,8 @@ def resize(
     warnings = []
     if checkpoint.config.get("vocab_size") != rows:
         warnings.append(
-            f"{base / 'config.json'}: says vocab_size {checkpoint.config.get('vocab_size')}, has {rows:,} rows"
+            f"{printable(str(base / 'config.json'))}: says vocab_size {checkpoint.config.get('vocab_size')!r:.40}, has "
+            f"{rows:,} rows"
         )
     parts = old_tokens(old, new, grown)
     grown_by_name = {
@@ -129,7 +131,7 @@ def _tokenizers(base: Path, tokenizer: Path, rows: int) -> tuple[TokenizerFiles,
         raise InputError(
             f"{base}: the tokenizer has {old.size:,} ids but embed_tokens {rows:,} rows; get the right one"
         )
-    new = read_tokenizer(tokenizer, None) if tokenizer.is_dir() else _model_file(tokenizer)
+    new = read_tokenizer(tokenizer, None) if is_dir(tokenizer) else _model_file(tokenizer)
     if new is None:
         raise InputError(f"{tokenizer}: there is no {MODEL}, expected a directory made by cnllama tokenizer merge")
     new, _ = new.place(1 << 31)
@@ -285,14 +287,14 @@ def _tensors_of(path: Path, grown: Mapping[str, _GrownMatrix]) -> dict[str, OutT
 
 def _write_small_files(checkpoint: Checkpoint, tokenizer: Path, new: TokenizerFiles, out: Path, rows: int) -> None:
     """The tokenizer, what else belongs to a checkpoint, and last the config, without which none of it can be loaded."""
-    if tokenizer.is_dir():
+    if is_dir(tokenizer):
         for name in _TOKENIZER_FILES:
-            if (tokenizer / name).exists():
+            if exists(tokenizer / name):
                 copy_file(tokenizer / name, out / name)
     else:
         write_tokenizer_files(out, new.model)
     for name in _KEPT:
-        if (checkpoint.directory / name).exists():
+        if exists(checkpoint.directory / name):
             copy_file(checkpoint.directory / name, out / name)
     write_json(out / "config.json", {**checkpoint.config, "vocab_size": rows})
 

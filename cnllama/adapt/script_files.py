@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cnllama.errors import CnllamaError
 from cnllama.files import read_bytes
+from cnllama.paths import is_file
 
 _MAX_BYTES = 1 << 24
 _MAX_FILES = 1000
@@ -23,7 +24,7 @@ def script_files(script: Path) -> list[Path]:
             for end in range(len(parts), 0, -1):
                 base = script.parent.joinpath(*parts[:end])
                 for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-                    if candidate.is_file() and candidate not in found and len(found) < _MAX_FILES:
+                    if is_file(candidate) and candidate not in found and len(found) < _MAX_FILES:
                         found.append(candidate)
     return found
 

@@ -38,6 +38,7 @@ from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
 from cnllama.files import read_bytes, write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import exists, is_dir, real_path
 from cnllama.space import check_space
 from cnllama.stdio import say
 
@@ -119,10 +120,10 @@ def run_stage(stage: Stage) -> dict[str, Any]:
 
 
 def _check_places(stage: Stage) -> None:
-    out = stage.out.resolve()
-    if out in {path.resolve() for path in (stage.model, *stage.adapters)}:
+    out = real_path(stage.out)
+    if out in {real_path(path) for path in (stage.model, *stage.adapters)}:
         raise InputError(f"{stage.out}: the result would replace what it is trained from; choose another --output")
-    if stage.out.exists() and not stage.out.is_dir():
+    if exists(stage.out) and not is_dir(stage.out):
         raise InputError(f"{stage.out}: this is a file, expected a directory for the result")
     if stage.restart and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"--restart works with one process; remove {stage.out} and leave the option out")
@@ -146,7 +147,7 @@ def _read_tokenizer(stage: Stage) -> dict[str, bytes]:
     found = {}
     for name in _TOKENIZER_FILES:
         sources = [directory / name for directory in (*reversed(stage.adapters), stage.model)]
-        source = next((path for path in sources if path.exists()), None)
+        source = next((path for path in sources if exists(path)), None)
         if source is not None:
             found[name] = read_bytes(source, _MAX_TOKENIZER)
     return found
@@ -239,9 +240,9 @@ def _identity(stage: Stage, vocabulary: Vocabulary, precision: Precision) -> dic
 def _finished(stage: Stage, identity: dict[str, Any], own: OwnedDirectory | None) -> dict[str, Any] | None:
     """The result of a finished run of the same identity. Raises InputError when it is another's."""
     out = stage.out
-    if not (out / RUN).exists():
+    if not exists(out / RUN):
         return None
-    before = read_json(out / RUN)
+    before = read_json(out / RUN, names=True)
     if before.get("format") != _IDENTITY:
         raise InputError(
             f"{out}: was made by another version of cnllama, which did not record what it was made from; choose "
@@ -253,7 +254,7 @@ def _finished(stage: Stage, identity: dict[str, Any], own: OwnedDirectory | None
             f"{out}: an earlier run {found}; give the same to go on, choose another --output, or discard the earlier "
             "run with --restart"
         )
-    if not (out / RESULT).exists():
+    if not exists(out / RESULT):
         return None
     damaged = [name for name in OwnedDirectory(out, "").read().damaged() if name in WHOLE or name in _TOKENIZER_FILES]
     if damaged:
@@ -266,4 +267,4 @@ def _finished(stage: Stage, identity: dict[str, Any], own: OwnedDirectory | None
             drop(own, checkpoint.name)
         discard_incomplete(own)
         own.remove(own.SCRATCH)
-    return read_json(out / RESULT)
+    return read_json(out / RESULT, names=True)

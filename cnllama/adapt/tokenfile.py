@@ -64,7 +64,7 @@ def open_vocabulary(directory: Path, rows: int | None = None) -> Vocabulary:
         )
     settings = files.settings()
     digest = hashlib.sha256(files.model + json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    tokenizer = Tokenizer(files.model, settings)
+    tokenizer = Tokenizer(files.model, settings, str(directory))
     pad = next((i for i in (tokenizer.special_id(name) for name in ("[PAD]", "<pad>")) if i is not None), 0)
     return Vocabulary(tokenizer, digest, files.size, pad)
 
@@ -112,7 +112,7 @@ class TokenFile:
     """A mapped token file: tokens [n], and where each entry ends, int64 [entries]; mask uint8 [n] for samples."""
 
     def __init__(self, stem: Path) -> None:
-        info = read_json(stem.with_name(stem.name + ".json"))
+        info = read_json(stem.with_name(stem.name + ".json"), names=True)
         self.stem = stem
         self.report = FileReport(**info["report"])
         self.ends: Positions = self._map("ends", np.dtype(np.int64), self.report.entries)

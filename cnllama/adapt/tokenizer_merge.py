@@ -27,6 +27,7 @@ from cnllama.convert.tokenizers import (
 from cnllama.errors import InputError
 from cnllama.files import Output, make_directory, read_bytes, remove_directory, write_file, write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import exists, is_dir, same_file
 
 PAD = "[PAD]"
 _PIECES = 1
@@ -58,14 +59,12 @@ class Merged:
 
 def open_model(path: Path) -> TokenizerFiles:
     """A tokenizer.model file, or the one in a tokenizer or checkpoint directory. Raises InputError when it is none."""
-    if path.is_dir():
+    if is_dir(path):
         files = read_tokenizer(path, None)
         if files is None:
             raise InputError(f"{path}: there is no {MODEL} in this directory, expected a SentencePiece model")
     else:
         files = TokenizerFiles(path, read_bytes(path, MAX_TOKENIZER))
-    if not files.model:
-        raise InputError(f"{files.file}: the file is empty, expected a SentencePiece model; get it again")
     files.processor.get_piece_size()
     return files
 
@@ -171,7 +170,7 @@ def tokenizer_output(out: Path, inputs: Sequence[Path] = ()) -> Iterator[Callabl
     """
     target = out if out.suffix == ".model" else out / MODEL
     for path in inputs:
-        if path.exists() and target.exists() and (path / MODEL if path.is_dir() else path).samefile(target):
+        if same_file(path / MODEL if is_dir(path) else path, target):
             raise InputError(f"{target}: this is one of the inputs and would be overwritten; choose another name")
     if target is not out:
         with _tokenizer_directory(out) as write:
@@ -194,11 +193,11 @@ def tokenizer_output(out: Path, inputs: Sequence[Path] = ()) -> Iterator[Callabl
 
 @contextmanager
 def _tokenizer_directory(out: Path) -> Iterator[Callable[[bytes], None]]:
-    if out.exists() and not out.is_dir():
+    if exists(out) and not is_dir(out):
         raise InputError(f"{out}: this is a file, expected the name of a directory or one that ends in .model")
     with OwnedDirectory(out, "tokenizer", names=(CONFIG, SPECIAL, MODEL)) as own:
         for name in ("tokenizer.json", ADDED):
-            if (out / name).exists():
+            if exists(out / name):
                 raise InputError(f"{out / name}: belongs to another tokenizer; choose an empty directory or remove it")
 
         def write(model: bytes) -> None:

@@ -31,6 +31,7 @@ from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
 from cnllama.files import write_file, write_json
 from cnllama.ownership import OwnedDirectory
+from cnllama.paths import exists
 from cnllama.stdio import say
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _step(checkpoint: Path) -> int:
 
 def _loss_sum(checkpoint: Path) -> LossSum:
     """What the run had not logged yet when it saved. Raises InputError for a checkpoint that does not say."""
-    loss = read_json(checkpoint / MARK).get("loss")
+    loss = read_json(checkpoint / MARK, names=True).get("loss")
     try:
         return LossSum([float(value) for value in loss["sums"]], int(loss["last_logged"]))  # type: ignore[index]
     except (KeyError, TypeError, ValueError):
@@ -225,7 +226,7 @@ def _check(stage: Stage, directory: Path, model: Any) -> None:
     """What was saved is what was trained; of a whole checkpoint, that it has no value that is not finite."""
     if stage.trained.mode == "full":
         check_finite(directory)
-    elif (directory / WEIGHTS).exists():
+    elif exists(directory / WEIGHTS):
         check_saved(directory, model)
 
 

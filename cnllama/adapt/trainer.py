@@ -23,6 +23,7 @@ from cnllama.adapt.precision import Precision
 from cnllama.adapt.schedule import rate, warmup_steps
 from cnllama.errors import CnllamaError
 from cnllama.files import write_file
+from cnllama.paths import exists
 
 BAD_BATCH = "bad_batch.json"
 _SHOWN_IDS = 64
@@ -213,7 +214,7 @@ class AdaptTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         directory = Path(resume_from_checkpoint)
-        if self._trained.mode == "full" or not (directory / WEIGHTS).exists() or self.is_fsdp_enabled:
+        if self._trained.mode == "full" or not exists(directory / WEIGHTS) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_adapter(self.model if model is None else model, directory)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cnllama import stdio
 from cnllama.errors import InputError
 from cnllama.files import Output
+from cnllama.paths import real_path
 from cnllama.textio import tr
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Files:
         self._stack = ExitStack()
         self._outputs: dict[Path, Output] = {}
         given = [path for path in paths if path is not None]
-        if len({path.resolve() for path in given}) < len(given):
+        if len({real_path(path) for path in given}) < len(given):
             raise InputError(f"{given[0]}: two results are to go into one file: give them different names")
         with self._stack:
             for path in given:

@@ -16,6 +16,7 @@ from cnllama.arguments import add_comma_option, add_list_option
 from cnllama.cli.eval_shared import Files, add_text_options, check_threads, command, opener, read, say
 from cnllama.errors import InputError, os_errors_explained
 from cnllama.files import make_directory
+from cnllama.paths import exists, is_dir, is_file, real_path
 from cnllama.scratch import scratch_beside
 from cnllama.stdio import show
 from cnllama.textio import tr
@@ -107,9 +108,9 @@ def _check_work(args: argparse.Namespace) -> None:
     if args.work is None:
         return
     with os_errors_explained(args.work):
-        if args.work.exists() and not args.work.is_dir():
+        if exists(args.work) and not is_dir(args.work):
             raise InputError(f"{args.work}: this is no directory, expected one for what is kept")
-        if args.work.resolve() in [path.resolve() for path in (args.base, *args.lora)]:
+        if real_path(args.work) in [real_path(path) for path in (args.base, *args.lora)]:
             raise InputError(f"{args.work}: this is the checkpoint's own directory, choose another one for --work")
 
 
@@ -135,7 +136,7 @@ def our_forms(args: argparse.Namespace) -> list[Form]:
     if args.calibrate is not None:
         if not set(quantizers) & set(CALIBRATED):
             raise InputError(f"--calibrate needs --quantizer {' or '.join(CALIBRATED)}")
-        if not args.calibrate.is_file():
+        if not is_file(args.calibrate):
             raise InputError(f"{args.calibrate}: there is no such file, expected a text to calibrate with")
     forms = []
     for name in names:

@@ -16,7 +16,7 @@ from typing import Any
 
 from cnllama import start
 from cnllama.cli.parser import Parser
-from cnllama.errors import CnllamaError, InputError
+from cnllama.errors import CnllamaError, InputError, bounded, from_os_error
 from cnllama.start import INTERRUPTED
 from cnllama.stdio import configure_stdio, say
 from cnllama.textio import tr
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"{message}: {error}" if str(error) else message, 1, debug)
     except OSError as error:
         _abandon_stdout()
-        return _failed(str(error), CnllamaError.exit_code, debug)
+        said = from_os_error(error.filename, error) if isinstance(error.filename, str) else None
+        return _failed(str(said or error.strerror or error), CnllamaError.exit_code, debug)
     except Exception as error:
         return _failed(*_explained(error), debug)
 
@@ -120,14 +121,14 @@ def _failed(message: str, code: int, debug: bool, details: Iterable[str] = ()) -
         sys.stdout.flush()
     except OSError:
         _abandon_stdout()
-    say(f"cnllama: {message}", *details)
+    say(bounded(f"cnllama: {message}"), *details)
     return code
 
 
 def _warn(others: Any, message: Warning | str, category: type[Warning], filename: str, *place: Any) -> None:
     """A warning of ours is one line; those of other packages look as always."""
     if issubclass(category, UserWarning) and filename.startswith(_PACKAGE):
-        say(tr("cnllama: warning: ", "cnllama：警告：") + str(message))
+        say(bounded(tr("cnllama: warning: ", "cnllama：警告：") + str(message)))
     else:
         others(message, category, filename, *place)
 

@@ -7,10 +7,12 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cnllama.arguments import list_hint
 from cnllama.errors import InputError
+from cnllama.paths import check_name
 from cnllama.textio import decode_argument, tr
 
 _SHOWN = 60  # characters of a wrong value
@@ -19,14 +21,15 @@ _SHOWN = 60  # characters of a wrong value
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are InputErrors: one sentence, not the usage.
 
-    type=int is an integer of 64 bits, type=float a finite number, type=decode_argument a text, which may begin with a
-    dash.
+    type=int is an integer of 64 bits, type=float a finite number, type=Path what can be a file's name,
+    type=decode_argument a text, which may begin with a dash.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register("type", int, _integer)
         self.register("type", float, _number)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError."""
@@ -65,6 +68,18 @@ class Parser(argparse.ArgumentParser):
     def _is_option(self, text: str) -> bool:
         known = self._option_string_actions
         return text == "--" or text.partition("=")[0] in known or (text[:2] in known and text[:2] != "--")
+
+
+def _path(text: str) -> Path:
+    check_name(text)
+    if not text:
+        raise InputError(
+            tr(
+                "an empty name was given, expected the path of a file or directory",
+                "给出了空文件名，应为文件或目录的路径",
+            )
+        )
+    return Path(text)
 
 
 def _integer(text: str) -> int:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from cnllama.request import Completion, Stream
 
 HELP = tr("answer one prompt, streamed", "回答一个提示，流式输出")
-MOST_TEXT = 1 << 26  # bytes of a prompt
 PATIENCE = 2.0  # seconds that a prompt may take without a progress bar
 
 
@@ -102,10 +101,10 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return str(args.prompt)
     if args.file is not None:
-        return read_text_file(args.file, MOST_TEXT)
+        return read_text_file(args.file)
     name = tr("standard input", "标准输入")
     with os_errors_explained(name):
-        piped = b"" if sys.stdin.isatty() else read_limited(sys.stdin.buffer, name, MOST_TEXT)
+        piped = b"" if sys.stdin.isatty() else read_limited(sys.stdin.buffer, name)
     if not piped:
         raise InputError(
             tr(

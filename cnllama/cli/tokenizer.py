@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnllama.arguments import add_list_option, add_output_option
 from cnllama.files import Output
+from cnllama.paths import real_path
 from cnllama.stdio import say, show, to_json
 from cnllama.textio import decode_argument, tr
 
@@ -193,7 +194,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _names(old: Path, new: Path) -> tuple[str, str]:
     """Short names that differ."""
-    first, second = old.resolve().name.removesuffix(".model"), new.resolve().name.removesuffix(".model")
+    first, second = real_path(old).name.removesuffix(".model"), real_path(new).name.removesuffix(".model")
     return (first, second) if first != second else (f"old {first}", f"new {second}")
 
 

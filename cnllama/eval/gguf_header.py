@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from cnllama.container import is_count, round_up
 from cnllama.errors import InputError, from_os_error
+from cnllama.paths import check_name
 
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -73,6 +74,7 @@ class GGUF:
 
 def read_gguf(path: Path) -> GGUF:
     """Reads the header. Raises InputError for a file that is no GGUF, is damaged or is cut short."""
+    check_name(path)
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # a pipe would wait for its writer
@@ -89,6 +91,8 @@ def read_gguf(path: Path) -> GGUF:
         raise InputError(f"{path}: the header of this GGUF file is damaged ({error}); get the file again") from error
     # A tensor ends where the next one begins: no table of types is needed.
     ends = sorted(offset for offset, _, _ in table.values())
+    if len(set(ends)) < len(ends):
+        raise InputError(f"{path}: two tensors begin at the same byte; get the file again")
     after = dict(zip(ends, [*ends[1:], status.st_size - begin], strict=True)) if ends else {}
     if any(end < offset for offset, end in after.items()):
         raise InputError(f"{path}: the file ends before its tensors do; get it again")

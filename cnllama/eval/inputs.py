@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 
 from cnllama.errors import InputError, from_os_error
+from cnllama.files import read_bytes
+from cnllama.paths import check_name
 
 MAX_BYTES = 1 << 26
 _OTHER_KINDS = {
@@ -32,6 +34,7 @@ def check_text_file(path: Path, wanted: str) -> None:
 
     wanted: what is expected, for the sentence. A pipe is refused before it is opened, which would wait for its writer.
     """
+    check_name(path)
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -55,7 +58,4 @@ def check_text_file(path: Path, wanted: str) -> None:
 def read_text_bytes(path: Path, wanted: str) -> bytes:
     """The whole file, see check_text_file."""
     check_text_file(path, wanted)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise from_os_error(path, error) from error
+    return read_bytes(path, MAX_BYTES)

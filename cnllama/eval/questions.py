@@ -13,6 +13,7 @@ from cnllama.errors import InputError, os_errors_explained
 from cnllama.eval.benchmarks import Benchmark
 from cnllama.eval.columns import printed
 from cnllama.eval.inputs import read_text_bytes
+from cnllama.paths import exists, is_dir
 
 LETTERS = ("A", "B", "C", "D")
 _SHOT_SPLIT = "dev"
@@ -58,11 +59,11 @@ def read_subjects(
     """
     _check_request(benchmark, split, shots, cot, only)
     with os_errors_explained(data):
-        if not data.is_dir():
-            found = "this is a file" if data.exists() else "there is no such directory"
+        if not is_dir(data):
+            found = "this is a file" if exists(data) else "there is no such directory"
             raise InputError(f"{data}: {found}, expected the {benchmark.title} directory with {split}/ in it")
         wanted = [key for key in benchmark.subjects if not only or key in only]
-        present = [key for key in wanted if benchmark.path(data, split, key).exists()]
+        present = [key for key in wanted if exists(benchmark.path(data, split, key))]
     absent = [key for key in wanted if key not in present]
     if not present or (only and absent):
         missing = benchmark.path(data, split, absent[0])

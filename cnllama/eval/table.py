@@ -21,6 +21,7 @@ from cnllama.eval.texts import CONVENTION, Text, Window, check_window, windows
 from cnllama.files import remove_file
 from cnllama.format import open_cnl
 from cnllama.format import stored_bytes as tensor_bytes
+from cnllama.paths import exists
 from cnllama.plan import DEFAULT_CONTEXT
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Table:
 
     def _make(self, path: Path, what: str, make: Callable[[], object]) -> None:
         """Makes a file of the directory of work, unless it is there already."""
-        if not path.exists():
+        if not exists(path):
             self._say(what)
             make()
             self._made.add(path)

@@ -45,7 +45,7 @@ def progress_bar(name: str, tokens: int) -> Iterator[Progress]:
 
 def tokenizer_of(file: CnlFile) -> Tokenizer:
     """The tokenizer in a packed file."""
-    return Tokenizer(file.tokenizer_model, file.tokenizer)
+    return Tokenizer(file.tokenizer_model, file.tokenizer, str(file.path))
 
 
 def default_context(file: CnlFile, context: int | None) -> int:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,9 @@ import numpy.typing as npt
 from cnllama import _core
 from cnllama.config import EMBEDDING, FINAL_NORM, LM_HEAD
 from cnllama.container import Bytes
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
 from cnllama.format import CnlFile, TensorEntry
+from cnllama.paths import same_file
 
 from .blocks import BLOCK, PANEL_ROWS, is_exact, nearest, own_type, to_blocks
 from .container import GgmlType, GgufWriter, TensorInfo
@@ -106,7 +106,7 @@ def export(file: CnlFile, output: Path, *, wanted: str = "auto", progress: bool 
     """
     from tqdm import tqdm
 
-    if output.exists() and os.path.samefile(output, file.path):
+    if same_file(output, file.path):
         raise InputError(f"{output}: this is the file to export; choose another name for the result")
     tensors = {n: t for n, t in file.tensors.items() if t.scheme != "raw"}
     types = {name: choose_type(tensor, TYPES.get(wanted)) for name, tensor in tensors.items()}
@@ -137,7 +137,7 @@ def export(file: CnlFile, output: Path, *, wanted: str = "auto", progress: bool 
         vocab_size=file.vocab_size,
         chat_template="tokenizer.chat_template" in metadata.values,
         matrices=matrices,
-        warnings=metadata.warnings,
+        warnings=[printable(warning) for warning in metadata.warnings],
     )
 
 

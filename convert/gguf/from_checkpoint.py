@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cnllama.errors import InputError
+from cnllama.errors import InputError, printable
+from cnllama.paths import real_path
 from cnllama.templates import default_template
 
 from ..checkpoint import FloatArray
@@ -47,7 +48,7 @@ def describe(plan: Plan, template: str | None = None) -> Unpacked:
     files, rows = plan.vocabulary.tokenizer, plan.config["vocab_size"]
     generation, _ = generation_metadata(plan)
     return Unpacked(
-        plan.checkpoint.directory.resolve(),
+        real_path(plan.checkpoint.directory),
         plan.config,
         rows,
         files.model,
@@ -91,7 +92,7 @@ def write_checkpoint(
         if metadata.rope_factors is not None:
             writer.write(ROPE_FACTORS, metadata.rope_factors.astype("<f4"))
         writer.finish()
-    return metadata.warnings
+    return [printable(warning) for warning in metadata.warnings]
 
 
 def _chunks(tensor: MergedTensor, name: str, head_dim: int) -> Iterator[FloatArray]:

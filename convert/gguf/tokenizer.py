@@ -28,7 +28,7 @@ def tokenizer_metadata(file: Described, warnings: list[str]) -> dict[str, Value]
     """
     model = parse(file.tokenizer_model, str(file.path))
     _check_tokenizer(model, file, warnings)
-    tokenizer = Tokenizer(file.tokenizer_model, file.tokenizer)
+    tokenizer = Tokenizer(file.tokenizer_model, file.tokenizer, str(file.path))
     template = TEMPLATES[file.template]
     names, scores, types = _vocabulary(model, tokenizer, file.vocab_size, warnings)
     _check_found_pieces(names[: tokenizer.pieces], types, tokenizer, warnings)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,10 +14,13 @@ from .base import CalibrationError
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """`count` threads within the block; 0 leaves PyTorch's own choice. Raises CalibrationError for a full GPU."""
+    """At most `count` threads within the block; 0 leaves PyTorch's own choice. Raises CalibrationError for a full GPU.
+
+    More threads than processors gain nothing, and a thread that cannot be started ends the process: OpenMP's does.
+    """
     before = torch.get_num_threads()
     if count:
-        torch.set_num_threads(count)
+        torch.set_num_threads(min(count, os.cpu_count() or 1))
     try:
         yield
     except torch.cuda.OutOfMemoryError:

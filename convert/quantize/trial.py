@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import Output, move
+from cnllama.paths import real_path
 from cnllama.scratch import scratch_beside
 from cnllama.space import check_space
 
@@ -73,7 +73,7 @@ class Trial:
 
     def keep(self, path: Path) -> None:
         """Renames one of the two files to the output's name."""
-        move(path, Path(os.path.realpath(self._output)))
+        move(path, real_path(self._output))
 
 
 def judge(calibrated: Path, plain: Path, text: str, quantizer: str, threads: int = 0) -> Verdict:

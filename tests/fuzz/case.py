@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SPECIAL = ("fifo", "zero device", "null device", "directory", "dangling link", "endless link", "empty")
+SPECIAL = ("fifo", "socket", "zero device", "null device", "directory", "dangling link", "endless link", "empty")
 CASE_FILE = "case.json"
 
 
@@ -25,6 +25,8 @@ class Special:
         """Puts it at `path`."""
         if self.kind == "fifo":
             os.mkfifo(path)
+        elif self.kind == "socket":
+            os.mknod(path, stat.S_IFSOCK | stat.S_IRUSR)
         elif self.kind == "directory":
             path.mkdir()
         elif self.kind == "empty":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,13 @@ from fuzz.faults import FAULTS
 from fuzz.targets import TARGETS
 from fuzz.workers import Workplace, find_faults, in_child, replay, run_slices
 
-FAULT_LIMIT = 5000
+FAULT_LIMIT = 20_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs, replays or checks the fuzzers. Returns 0 when nothing was found and all that was asked for was run."""
     args = _parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what lies in memory is removed
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     try:
         place = Workplace(folder, args.seed)
@@ -64,9 +66,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def commit() -> str:
-    """The commit of this tree, "" outside of a repository."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def commit(*options: str) -> str:
+    """The commit of this tree, "" outside of a repository. options: "--dirty" marks a changed one."""
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", *options]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, check=False)
     except OSError:
@@ -76,12 +78,14 @@ def commit() -> str:
 
 def _run(place: Workplace, args: argparse.Namespace) -> int:
     names = [name for name in TARGETS if name in args.target]
-    facts = {"seed": args.seed, "commit": commit(), "iterations": args.iterations, "fuzzers": names}
+    facts = {"seed": args.seed, "iterations": args.iterations, "fuzzers": names}
+    version = commit("--dirty")
     kept = state.State(args.state, facts)
     parts = kept.missing(state.plan(names, args.iterations, args.part))
     place.prepare(names)
     start = time.monotonic()
     for part in run_slices(place, parts, args.jobs, start + args.seconds):
+        part.version = version
         kept.add(part)
         if args.state:
             print(f"{part.target} {part.begin:,} to {part.end:,}: {_shown(part.counts)}", flush=True)

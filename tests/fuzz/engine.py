@@ -24,6 +24,7 @@ FINDINGS = ("exception", "bug", "hang", "memory", "crash", "message", "printed",
 # The second line of a refusal may begin a table; any other second line is a sentence that was broken in two.
 TABLES = ("vocabulary sizes found:",)
 MAX_SENTENCE = 2000
+OWN_CHECK = "does not pass its own check"  # bad input is refused before, by what is wrong with it
 _EXIT_CODES = (0, 1, 2)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -94,16 +95,18 @@ def mutant_of(target: Target, seed: str, number: int) -> Case:
 def judge(target: Target, case: Case, folder: Path) -> Outcome:
     """Puts the input into `folder` and runs it. What took too long gets a second chance: the machine may be busy."""
     outcome = _judge_once(target, case, folder)
-    return _judge_once(target, case, folder) if outcome.kind == "hang" else outcome
+    return _judge_once(target, case, folder, limits.SECOND_CHANCE) if outcome.kind == "hang" else outcome
 
 
-def _judge_once(target: Target, case: Case, folder: Path) -> Outcome:
+def _judge_once(target: Target, case: Case, folder: Path, times: int = 1) -> Outcome:
     case.put(target.seeds, folder, target.copied)
     try:
-        with limits.limited():
+        with limits.limited(times):
             label = target.run(case, folder)
         return Outcome(ACCEPTED, label)
     except CnllamaError as error:
+        if OWN_CHECK in str(error):
+            return Outcome("bug", f"{error!s:.600}", place(error.__traceback__), _trace(error))
         fault = fault_of_sentence(str(error), target.names(case, folder))
         if fault:
             return Outcome("message", f"{fault}: {str(error)!r:.600}", place(error.__traceback__), _trace(error))
@@ -168,7 +171,9 @@ def command(argv: Sequence[str], stdin: bytes = b"") -> tuple[int, str, str]:
     code, out, err = _command(argv, stdin)
     said = err.rpartition("cnllama: ")[2].rstrip("\n") if code else ""
     kind = ""
-    if code not in _EXIT_CODES or "--debug" in err:  # which an exception that nobody expected offers
+    if (
+        code not in _EXIT_CODES or "--debug" in err or OWN_CHECK in err
+    ):  # which an exception that nobody expected offers
         kind, said = "bug", f"rc {code}: {said or err[-300:]}"
     elif said.startswith("out of memory"):
         kind = "memory"

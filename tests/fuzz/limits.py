@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 SECONDS = 5.0
+SECOND_CHANCE = 6  # times as long may an input wait, on a machine that is busy, for its SECONDS of processor time
 MEMORY = 1 << 30
 FILE_SIZE = 1 << 28  # no input asks for a larger output
 _SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")  # it takes address space for itself, and ends without
@@ -31,26 +32,31 @@ def _ring(number: int, frame: FrameType | None) -> None:
 
 def prepare() -> None:
     """Once in a process that runs inputs."""
-    signal.signal(signal.SIGALRM, _ring)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, _ring)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, hard))
 
 
 @contextmanager
-def limited() -> Iterator[None]:
-    """Raises HangError in the block after SECONDS of wall time; allocating over MEMORY bytes fails in it."""
+def limited(times: int = 1) -> Iterator[None]:
+    """Raises HangError in the block after `times` SECONDS, and after SECONDS of processor time; allocating over MEMORY
+    bytes fails in it.
+    """
     global _armed  # noqa: PLW0603
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if not _SANITIZED:
         resource.setrlimit(resource.RLIMIT_AS, (_virtual_bytes() + MEMORY, hard))
     _armed = True
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1.0)  # again and again: a callback may swallow the first
+    for timer, seconds in ((signal.ITIMER_REAL, times * SECONDS), (signal.ITIMER_PROF, SECONDS)):
+        signal.setitimer(timer, seconds, 1.0)  # again and again: a callback may swallow the first
     try:
         yield
     finally:
         _armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

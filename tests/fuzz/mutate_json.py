@@ -16,6 +16,7 @@ from typing import Any
 
 TWIN = "\x00twin"
 _RAW = re.compile(r'"\\u0000raw:((?:[^"\\]|\\.)*?)\\u0000"')
+_MANY = 10_000  # characters; what has more is not put in 500 times
 Path = tuple[Any, ...]
 Hints = Mapping[str, Sequence[Any]]  # keys that the product reads, with values that belong there
 
@@ -282,7 +283,8 @@ def _wrap(rng: random.Random, parent: Any, key: Any, holder: list[Any], paths: l
 
 def _more(rng: random.Random, parent: Any, key: Any, holder: list[Any], paths: list[Path]) -> str:
     if isinstance(parent, list):
-        parent[key:key] = [rng.choice([copy.deepcopy(parent[key]), value(rng)])] * rng.choice([1, 1, 2, 500])
+        item, times = rng.choice([copy.deepcopy(parent[key]), value(rng)]), rng.choice([1, 1, 2, 500])
+        parent[key:key] = [item] * (times if len(_text(item)) < _MANY else 1)
         return "another before it"
     name = rng.choice([*STRINGS, *PATTERNS])
     parent[name] = value(rng)

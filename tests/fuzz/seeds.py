@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,24 @@ SIZES = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+BOS_FIRST = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+}
+GENERATION = {
+    "bos_token_id": 1,
+    "eos_token_id": [2, 332],
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_k": 50,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "max_length": 512,
+    "transformers_version": "5.0.0",
+}
 
 
 @functools.cache
@@ -63,6 +82,7 @@ def whole_tokenizer(folder: Path, rows: int) -> None:
     pieces = pieces_of((folder / "tokenizer.model").read_bytes())
     vocab = {piece: i for i, piece in enumerate(pieces)} | added
     body = {"version": "1.0", "added_tokens": listed, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    body |= {"normalizer": None, "pre_tokenizer": METASPACE, "post_processor": BOS_FIRST}
     (folder / "tokenizer.json").write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
 
 
@@ -72,6 +92,16 @@ def pieces_of(model: bytes) -> list[str]:
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     return [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+
+
+def only_head(folder: Path) -> Path:
+    """Makes the matrix of a tied checkpoint lie in the file as lm_head.weight alone."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def adapter(folder: Path, tensors: dict[str, np.ndarray], **config: Any) -> Path:
@@ -130,3 +160,27 @@ def saved_rows(rows: int) -> dict[str, np.ndarray]:
         f"base_model.model.{name}.weight": random.standard_normal((rows, HIDDEN), np.float32)
         for name in ("model.embed_tokens", "lm_head")
     }
+
+
+def magnitudes(pairs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """DoRA's vector for each of the pairs."""
+    ending = ".lora_B.weight"
+    return {
+        name.removesuffix(ending) + ".lora_magnitude_vector": np.abs(value).sum(1) + np.float32(0.5)
+        for name, value in pairs.items()
+        if name.endswith(ending)
+    }
+
+
+def lora_biases(pairs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A bias of lora_B for each of the pairs."""
+    ending = ".lora_B.weight"
+    return {
+        name.removesuffix("weight") + "bias": value.mean(1) for name, value in pairs.items() if name.endswith(ending)
+    }
+
+
+def trained_tokens(ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """New rows of embed_tokens for the ids."""
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    return {name: np.random.default_rng(3).standard_normal((len(ids), HIDDEN), np.float32)}

@@ -57,15 +57,14 @@ class State:
         """Keeps a slice that has run."""
         findings = [finding.to_dict() for finding in part.findings]
         record = {"target": part.target, "begin": part.begin, "end": part.end, "counts": dict(part.counts)}
-        record |= {"seconds": round(part.seconds, 2), "findings": findings}
+        record |= {"seconds": round(part.seconds, 2), "findings": findings, "commit": part.version}
         self._append(record)
         self._take(record)
 
     def _take(self, record: dict[str, Any]) -> None:
         findings = [Finding(**finding) for finding in record["findings"]]
-        part = Slice(
-            record["target"], record["begin"], record["end"], Counter(record["counts"]), findings, record["seconds"]
-        )
+        span = (record["target"], record["begin"], record["end"])
+        part = Slice(*span, Counter(record["counts"]), findings, record["seconds"], record["commit"])
         self.done[part.target, part.begin] = part
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -87,10 +86,12 @@ def read_state(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(facts: dict[str, Any], parts: Iterable[Slice]) -> dict[str, Any]:
-    """Inputs by target and outcome, and every fault once with the first input that shows it."""
+    """Inputs by commit, target and outcome, and every fault once with the first input that shows it."""
     parts = sorted(parts, key=lambda part: (list(TARGETS).index(part.target), part.begin))
     targets: dict[str, dict[str, Any]] = {}
+    commits: Counter[str] = Counter()
     for part in parts:
+        commits[part.version] += sum(part.counts.values())
         entry = targets.setdefault(part.target, {"inputs": 0, "cpu_seconds": 0.0, "outcomes": Counter()})
         entry["inputs"] += sum(part.counts.values())
         entry["cpu_seconds"] += part.seconds
@@ -102,7 +103,8 @@ def summary(facts: dict[str, Any], parts: Iterable[Slice]) -> dict[str, Any]:
     found = distinct(finding for part in parts for finding in part.findings)
     inputs = sum(entry["inputs"] for entry in targets.values())
     kinds = {kind: sum(t["outcomes"].get(kind, 0) for t in targets.values()) for kind in FINDINGS}
-    return facts | {"inputs": inputs, "outcomes_to_mend": kinds, "targets": targets, "findings": found}
+    totals = {"inputs": inputs, "inputs_by_commit": dict(commits), "outcomes_to_mend": kinds}
+    return facts | totals | {"targets": targets, "findings": found}
 
 
 def distinct(findings: Iterable[Finding]) -> list[dict[str, Any]]:

@@ -65,6 +65,7 @@ class Slice:
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0  # of processor time
+    version: str = ""  # the commit that ran them
 
 
 class Workplace:
@@ -129,7 +130,7 @@ class Running:
         child, status, usage = os.wait4(self._child, os.WNOHANG)
         number, began = _HEAD.unpack_from(self._shared)
         if not child:
-            if began and time.monotonic() - began > 2 * limits.SECONDS + _PATIENCE:
+            if began and time.monotonic() - began > (1 + limits.SECOND_CHANCE) * limits.SECONDS + _PATIENCE:
                 self.kill()
                 return self._lost(number, "hang", "the interpreter was held")
             return False

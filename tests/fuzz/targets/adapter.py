@@ -13,7 +13,7 @@ import numpy as np
 from fuzz import mutate_bytes, mutate_json, mutate_proto, mutate_safetensors, seeds
 from fuzz.case import Case, Content
 from fuzz.engine import Target
-from fuzz.targets.checkpoint import ODD_NAMES, TOKENIZER_HINTS, damaged_json, run_conversion
+from fuzz.targets.checkpoint import ODD_NAMES, OUT, TOKENIZER_HINTS, damaged_json, run_conversion
 
 BASE, LORA, SECOND = "base", "lora", "second"
 _PATTERNS = [{pattern: 4} for pattern in mutate_json.PATTERNS]
@@ -73,9 +73,12 @@ TENSORS = (
 )  # fmt: skip
 _FILES = (
     (50, "adapter_config.json"), (36, "adapter_model.safetensors"), (4, "tokenizer.model"),
-    (4, "tokenizer_config.json"), (3, "added_tokens.json"), (3, "special_tokens_map.json"),
+    (4, "tokenizer_config.json"), (3, "added_tokens.json"), (3, "special_tokens_map.json"), (3, "tokenizer.json"),
+    (1, "chat_template.jinja"),
 )  # fmt: skip
-_VARIANTS = ("plain", "patterns", "grown", "embedding", "chain")
+_VARIANTS = ("plain", "patterns", "grown", "embedding", "chain", "dora", "tokens", "biases")
+_TABLE = ["q_proj", "v_proj", "down_proj", "embed_tokens"]
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 class Adapter(Target):
@@ -93,7 +96,8 @@ class Adapter(Target):
     @staticmethod
     def make_seeds(folder: Path) -> None:
         for variant in _VARIANTS:
-            seeds.checkpoint(folder / variant / BASE, tie_word_embeddings=variant == "embedding")
+            config = {"tie_word_embeddings": variant == "embedding", "attention_bias": variant == "biases"}
+            seeds.checkpoint(folder / variant / BASE, **config)
         seeds.adapter(folder / "plain" / LORA, seeds.layer_pairs())
         mixed = {**seeds.layer_pairs(), **seeds.lora_pair("1.self_attn.q_proj", seeds.HIDDEN, seeds.HIDDEN, 2)}
         patterns = {
@@ -113,7 +117,8 @@ class Adapter(Target):
             table + "A": random_values.standard_normal((4, 330), np.float32),
             table + "B": random_values.standard_normal((seeds.HIDDEN, 4), np.float32),
         }
-        seeds.adapter(folder / "embedding" / LORA, {**seeds.layer_pairs(), **pair}, target_modules=_MODULES[:3])
+        seeds.adapter(folder / "embedding" / LORA, {**seeds.layer_pairs(), **pair}, target_modules=_TABLE)
+        _newer_adapters(folder)
 
     def mutant(self, rng: random.Random) -> Case:
         variant = rng.choice(_VARIANTS)
@@ -135,14 +140,17 @@ class Adapter(Target):
                 content, done = damaged_json(rng, data, HINTS if file == "adapter_config.json" else TOKENIZER_HINTS)
             files[f"{LORA}/{file}"] = content
             steps += [f"{file}: {step}" for step in done]
-        how = rng.choices(("plan", "convert", "command", "values", "merge"), (84, 6, 5, 3, 2))[0]
+        how = rng.choices(("plan", "convert", "command", "dry run", "values", "merge"), (83, 6, 5, 1, 3, 2))[0]
         name = rng.choice(ODD_NAMES) if rng.random() < 0.02 else LORA
         if name != LORA:
             steps.append(f"the directory is called {name!a}")
+        if rng.random() < 0.003:
+            kind = mutate_bytes.special(rng)
+            files, steps = {LORA: kind}, [f"the adapter is a {kind.kind}"]
         return Case(variant, files, {"how": how, "name": name, "twice": rng.random() < 0.06}, steps)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return tuple(str(folder / name) for name in (case.call["name"], BASE, SECOND))
+        return tuple(str(folder / name) for name in (case.call["name"], BASE, SECOND, OUT))
 
     def run(self, case: Case, folder: Path) -> str:
         lora = folder / case.call["name"]
@@ -151,3 +159,21 @@ class Adapter(Target):
         second = folder / SECOND
         loras = [lora, lora] if case.call["twice"] else [lora, second] if second.exists() else [lora]
         return run_conversion(case.call["how"], folder / BASE, loras, folder)
+
+
+def _newer_adapters(folder: Path) -> None:
+    """DoRA, rows of single tokens, and biases both of the layers and of lora_B."""
+    pairs = seeds.layer_pairs()
+    seeds.adapter(folder / "dora" / LORA, pairs | seeds.magnitudes(pairs), use_dora=True)
+    ids = [5, 300, 329]
+    tokens = {"trainable_token_indices": {"embed_tokens": ids}}
+    seeds.adapter(folder / "tokens" / LORA, pairs | seeds.trained_tokens(ids), **tokens)
+    attention: dict[str, np.ndarray] = {}
+    for layer in range(seeds.LAYERS):
+        for module in _ATTENTION:
+            rows = seeds.HIDDEN // seeds.HEADS if module in ("k_proj", "v_proj") else seeds.HIDDEN
+            name = f"{layer}.self_attn.{module}"
+            attention |= seeds.lora_pair(name, rows, seeds.HIDDEN, seed=layer)
+            attention[f"base_model.model.model.layers.{name}.base_layer.bias"] = np.full(rows, 0.1, np.float32)
+    settings = {"bias": "lora_only", "target_modules": _ATTENTION, "lora_bias": True}
+    seeds.adapter(folder / "biases" / LORA, attention | seeds.lora_biases(attention), **settings)

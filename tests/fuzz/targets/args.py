@@ -162,7 +162,7 @@ _NEVER = ("adapt run",)
 
 class Arguments(Target):
     name: ClassVar[str] = "args"
-    share: ClassVar[int] = 3
+    share: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = (
         "cnllama.llm", "cnllama.convert.parity", "cnllama.convert.gguf.export", "cnllama.adapt.pretrain",
         "cnllama.adapt.sft", "cnllama.adapt.create", "cnllama.adapt.merge", "cnllama.adapt.resize", "cnllama.cli.eval",
@@ -215,7 +215,9 @@ class Arguments(Target):
             "link": Special("dangling link"),
         }
         if "reference.safetensors" in words and rng.random() < 0.6:
-            files["reference.safetensors"], done = mutate_safetensors.mutate(rng, self.reference, ["logprobs"])
+            files["reference.safetensors"], done = mutate_safetensors.mutate(
+                rng, self.reference, ["logprobs", "target_logprobs"]
+            )
             steps += [f"reference: {step}" for step in done]
         shown = " ".join(
             mutate_json.short(word) if not word.isprintable() or len(word) > 70 else word for word in words

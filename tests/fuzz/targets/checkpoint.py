@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import models
+
 from cnllama.errors import CnllamaError
 from fuzz import engine, mutate_bytes, mutate_json, mutate_proto, mutate_safetensors, seeds
 from fuzz.case import Case, Content
 from fuzz.engine import FindingError, Target
 
-BASE, OTHER, OUT = "base", "other", "out.cnl"
+BASE, OTHER, GROWN, OUT = "base", "other", "grown", "out.cnl"
 _TOKEN = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True, "special": True}
 TEMPLATES = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "{{ ''.__class__.__mro__ }}", "{% for %}",
@@ -83,6 +85,10 @@ TOKENIZER_HINTS: mutate_json.Hints = {
     ],
     "added_tokens": [[], [{"id": 330, "content": "x"}], [{"id": 1, "content": "<s>"}]],
     "chat_template": [*TEMPLATES, [{"name": "default", "template": "{{ messages }}"}]],
+    "model": [None, {"type": "BPE", "vocab": {"a": 0}}, {"type": "Unigram", "vocab": [["a", -1.5], ["b"], []]}],
+    "normalizer": [None, seeds.PREPEND, {"type": "Sequence", "normalizers": [seeds.PREPEND, {}, []]}],
+    "pre_tokenizer": [None, seeds.METASPACE, {"type": "Sequence", "pretokenizers": [seeds.METASPACE]}],
+    "post_processor": [seeds.BOS_FIRST, {"type": "Sequence", "processors": [seeds.BOS_FIRST]}],
     "tokenizer_class": ["LlamaTokenizer", "PreTrainedTokenizerFast", "CodeLlamaTokenizer"],
     "sp_model_kwargs": [{}, {"enable_sampling": True}],
     "clean_up_tokenization_spaces": [True, False],
@@ -106,7 +112,10 @@ _JSON_HINTS = {
     "generation_config.json": GENERATION_HINTS,
     "model.safetensors.index.json": {},
 }
-_VARIANTS = ("plain", "full", "tied")
+# padded: rows without a token. json: tokenizer.json here, the SentencePiece model elsewhere. headed: a tied matrix that
+# is stored as lm_head.weight only.
+_WAYS = ("plan", "convert", "command", "dry run", "values", "merge", "gguf", "resize")
+_VARIANTS = ("plain", "full", "tied", "padded", "json", "headed")
 # Directories called so must still be named in one line that a terminal can take.
 ODD_NAMES = ("base\nx", "ba\x1b[31mse", "b\udcffse", "b ase", "基", "-base", "b%se{0}", "\u202ebase")
 
@@ -129,17 +138,28 @@ class Checkpoint(Target):
         full = seeds.checkpoint(folder / "full" / BASE, shards=2, vocab_size=334, rope_scaling=seeds.YARN, head_dim=16)
         seeds.whole_tokenizer(full, 334)
         seeds.checkpoint(folder / "tied" / BASE, tie_word_embeddings=True, attention_bias=True, num_key_value_heads=2)
+        padded = seeds.checkpoint(folder / "padded" / BASE, vocab_size=384, num_hidden_layers=1)
+        seeds.whole_tokenizer(padded, 334)
+        models.write_json(padded / "generation_config.json", seeds.GENERATION)
+        (padded / "chat_template.jinja").write_text(TEMPLATES[0], encoding="ascii")
+        seeds.whole_tokenizer(seeds.checkpoint(folder / "json" / BASE, vocab_size=334, num_hidden_layers=1), 334)
+        seeds.only_head(seeds.checkpoint(folder / "headed" / BASE, tie_word_embeddings=True, num_hidden_layers=1))
         for variant in _VARIANTS:
             (folder / variant / OTHER).mkdir()
+            (folder / variant / GROWN).mkdir()
+            models.write_tokenizer(folder / variant / GROWN, seeds.grown_tokenizer())
             for path in (folder / variant / BASE).glob("*token*.*"):
                 os.link(path, folder / variant / OTHER / path.name)
+        (folder / "json" / BASE / "tokenizer.model").unlink()
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+            (folder / "json" / OTHER / name).unlink()
 
     def mutant(self, rng: random.Random) -> Case:
         variant = rng.choice(_VARIANTS)
         files: dict[str, Content] = {}
         steps: list[str] = []
-        how = rng.choices(("plan", "convert", "command", "values", "merge", "gguf"), (80, 8, 5, 3, 2, 2))[0]
-        name, override = BASE, rng.random() < 0.08
+        how = rng.choices(_WAYS, (80, 8, 5, 1, 3, 2, 2, 2))[0]
+        name, override = BASE, rng.random() < (0.95 if variant == "json" else 0.08)
         if override:
             steps.append("with --tokenizer")
         for _ in range(rng.choice([1, 1, 1, 1, 2])):
@@ -152,6 +172,10 @@ class Checkpoint(Target):
         if rng.random() < 0.02:
             name = rng.choice(ODD_NAMES)
             steps.append(f"the directory is called {name!a}")
+        if rng.random() < 0.005:
+            where, kind = rng.choice([BASE, OTHER]), mutate_bytes.special(rng)
+            files, override = {where: kind}, where == OTHER
+            steps = [f"{where} is a {kind.kind}"]
         return Case(variant, files, {"how": how, "name": name, "tokenizer": override}, steps)
 
     def _damage(self, rng: random.Random, variant: str) -> tuple[str, Content, list[str]]:
@@ -166,6 +190,7 @@ class Checkpoint(Target):
         if file.endswith(".safetensors"):
             return file, *mutate_safetensors.mutate(rng, data, TENSORS)
         if file == "tokenizer.model":
+            data = self.found["plain"][file]
             return file, *mutate_proto.mutate(rng, data)
         if file == "chat_template.jinja":
             text = rng.choice([*TEMPLATES, rng.choice(mutate_json.STRINGS)]).encode("utf-8", "surrogatepass")
@@ -181,7 +206,7 @@ class Checkpoint(Target):
         return run_conversion(case.call["how"], base, [], folder, tokenizer)
 
     def names(self, case: Case, folder: Path) -> tuple[str, ...]:
-        return (str(folder / case.call["name"]), str(folder / OTHER))
+        return tuple(str(folder / name) for name in (case.call["name"], OTHER, GROWN, OUT))
 
 
 def damaged_json(rng: random.Random, data: bytes, hints: mutate_json.Hints) -> tuple[bytes, list[str]]:
@@ -198,13 +223,15 @@ def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path, to
     from cnllama.convert.pack import convert, make_plan, merged_tensors
 
     out = folder / OUT
-    if how == "command":
+    if how in ("command", "dry run"):
         given = [word for lora in loras for word in ("--lora", str(lora))]
+        given += ["--tokenizer", str(tokenizer)] if tokenizer else []
+        given += ["--dry-run"] if how == "dry run" else []
         code, _, _ = engine.command(
             ["convert", str(base), *given, "-o", str(out), "--quantizer", "rtn", "--threads", "1"]
         )
-        check_written(out, done=code == 0)
-        return f"command {code}"
+        check_written(out, done=code == 0 and how == "command")
+        return f"{how} {code}"
     if how == "convert":
         try:
             report = convert(base, loras, out, threads=1, tokenizer=tokenizer)
@@ -222,6 +249,11 @@ def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path, to
             make_plan(folder / "merged")
         except CnllamaError as error:
             raise FindingError("wrong", f"{error!s:.400}", "merged to a checkpoint that cannot be read") from error
+        return how
+    if how == "resize":
+        from cnllama.adapt.resize import resize
+
+        check_lines(resize(base, folder / GROWN, folder / "resized").warnings)
         return how
     if how == "vocabulary":
         from cnllama.adapt.tokenfile import open_vocabulary
@@ -245,7 +277,6 @@ def run_conversion(how: str, base: Path, loras: Sequence[Path], folder: Path, to
 
 def check_plan(plan: Any) -> None:
     """A plan that was accepted says sensible things. Looked at by other code than the product's."""
-    check_lines(plan.notices)
     config = plan.config
     for key, value in config.items():
         if key in ("rope_theta", "rms_norm_eps"):

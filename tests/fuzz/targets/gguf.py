@@ -16,7 +16,7 @@ FILE = "model.gguf"
 
 class Gguf(Target):
     name: ClassVar[str] = "gguf"
-    share: ClassVar[int] = 3
+    share: ClassVar[int] = 6
     needs: ClassVar[tuple[str, ...]] = ("cnllama.eval.gguf_header", "models")
 
     def __init__(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from fuzz.targets.text_inputs import KINDS, QUESTIONS, VOCABULARY, WINDOWS
 
 class Text(Target):
     name: ClassVar[str] = "text"
-    share: ClassVar[int] = 4
+    share: ClassVar[int] = 5
     needs: ClassVar[tuple[str, ...]] = (
         "cnllama.adapt.data", "cnllama.adapt.recipe", "cnllama.adapt.pretrain", "cnllama.adapt.sft",
         "cnllama.adapt.create", "cnllama.cli.tokenizer", "cnllama.convert.quantize.calibration",
@@ -153,11 +153,21 @@ def _reference(path: Path, folder: Path, call: dict[str, Any]) -> str:
     from cnllama.eval.stored import StoredScorer
     from cnllama.eval.texts import Window
 
-    parts = [Window(ids, begin, targets) for ids, begin, targets in WINDOWS]
+    parts = [Window(ids, begin, targets, len(targets)) for ids, begin, targets in WINDOWS]
     rows = list(StoredScorer(path, parts, VOCABULARY).rows(parts))
     if [len(found.logits) for found in rows] != [len(part.targets) for part in parts]:
         raise FindingError("wrong", f"{len(rows)} rows", "a stored reference with other rows")
     return "reference"
+
+
+def _check_owned(own: Any, folder: Path) -> None:
+    """A record names nothing outside of its directory, and no file that is not as it says."""
+    for name in (*own.names(), *own.directories()):
+        if not (folder / "out" / name).resolve().is_relative_to(folder):
+            raise FindingError("wrong", f"{name!r:.100} is outside", "a record of files elsewhere")
+        if own.is_ours(name) and not (folder / "out" / name).is_file():
+            raise FindingError("wrong", f"{name!r:.100} is ours", "a record of what is no file")
+    own.damaged(), own.size(), own.strangers()
 
 
 def _report(path: Path, folder: Path, call: dict[str, Any]) -> str:
@@ -166,11 +176,20 @@ def _report(path: Path, folder: Path, call: dict[str, Any]) -> str:
 
 
 def _left_run(path: Path, folder: Path, call: dict[str, Any]) -> str:
-    from cnllama.adapt.progress import complete_checkpoints, read_records
+    from cnllama.adapt.checkpoints import complete_checkpoints
+    from cnllama.adapt.progress import read_records
+    from cnllama.ownership import OwnedDirectory
 
     for record in read_records(folder / "log.jsonl"):
         json.dumps(record["step"] <= 3)
-    complete_checkpoints(folder / "out")
+    (folder / "out").mkdir(exist_ok=True)
+    own = OwnedDirectory(folder / "out", "fuzz")
+    if path.name == ".cnllama.json":
+        own.read()
+        _check_owned(own, folder)
+    else:
+        own._directories = ["checkpoint-5"]
+        complete_checkpoints(own)
     if path.name == "cache.json":
         from cnllama.adapt.tokenfile import TokenFile
 

@@ -63,6 +63,14 @@ _RECIPE_HINTS: mutate_json.Hints = {
     ],
     "description": ["x"],
 }
+# What TOML has and JSON has not.
+_TOML_LINES = (
+    b"x = 0x" + b"f" * 5000, b"x = 0b" + b"1" * 20_000, b"x = [0o" + b"7" * 9000 + b"]", b"x = [" * 3000,
+    b".".join([b"a"] * 3000) + b" = 1", b"[" + b".".join([b'"a"'] * 3000) + b"]", b"x.y = 1", b'x = """', b"# \x00",
+    b"x = 2024-02-29T23:59:60Z", b"x = 07:32:00", b"x = {a.b = 1, a.c = 2}", b"[[stage]]",
+    b"[stage]", b"n = '${vocab}'",
+)  # fmt: skip
+_SETTINGS = ([], [], ["lr=1"], ["x"], ["lr=\n"], ["vocab=${vocab}"], ["=", "lr="], ["lr=a\0"], ["lr=\ud800"])
 QUESTIONS = [
     "id,question,A,B,C,D,answer,explanation",
     "0,什么？,一,二,三,四,A,因为",
@@ -116,7 +124,11 @@ def _plain(rng: random.Random) -> Made:
 def _recipe(rng: random.Random) -> Made:
     tree, steps = mutate_json.mutate(rng, _RECIPE, _RECIPE_HINTS, 2)
     data, steps = _perhaps_bytes(rng, toml(tree).encode("utf-8", "surrogatepass"), steps)
-    changes = rng.choice([[], [], ["lr=1"], ["x"], ["lr=\n"], ["vocab=${vocab}"], ["=", "lr="]])
+    if rng.random() < 0.08:
+        lines = data.split(b"\n")
+        lines.insert(rng.randrange(len(lines) + 1), more := rng.choice(_TOML_LINES))
+        data, steps = b"\n".join(lines), [*steps, f"the line {more[:40]!r} more"]
+    changes = rng.choice(_SETTINGS)
     return "recipe.toml", data, {"how": "recipe", "set": changes, "data": rng.random() < 0.9}, steps
 
 
@@ -178,6 +190,14 @@ def _left(rng: random.Random) -> Made:
     records: dict[str, dict[str, Any]] = {
         "cache.json": {"dtype": "uint16", "masked": False, "report": report},
         "out/checkpoint-5/complete.json": {"step": 5, "data_position": {"epoch": 0, "index": 3}, "files": {"a": 1}},
+        "out/.cnllama.json": {
+            "format": "cnllama-directory",
+            "version": 1,
+            "made_by": "fuzz",
+            "key": {"a": 1},
+            "files": {"a": [[3, 1]], "b/c": "log"},
+            "directories": ["b"],
+        },
         "log.jsonl": {"step": 1, "epoch": 0.1, "tokens": 10, "seconds": 0.5, "loss": 3.2},
     }
     name = rng.choice(sorted(records))
@@ -197,14 +217,22 @@ def stored_reference() -> bytes:
     for ids, begin, targets in WINDOWS:
         digest.update(np.asarray([len(ids), begin, *ids, *targets], "<i8").tobytes())
     rows = sum(len(targets) for _, _, targets in WINDOWS)
-    values = np.random.default_rng(1).standard_normal((rows, VOCABULARY)).astype("<f2")
-    entry = {"dtype": "F16", "shape": [rows, VOCABULARY], "data_offsets": [0, values.nbytes]}
-    metadata = {"format": "cnllama-reference", "version": "1", "source": "x", "windows_sha256": digest.hexdigest()}
-    return mutate_safetensors.build({"__metadata__": metadata, "logprobs": entry}, values.tobytes())
+    values = np.random.default_rng(1).standard_normal((rows, VOCABULARY)) - 4
+    exact = np.minimum(values[:, 0], 0).astype("<f4").tobytes()
+    data = exact + values.astype("<f2").tobytes()
+    entries = {
+        "target_logprobs": {"dtype": "F32", "shape": [rows], "data_offsets": [0, len(exact)]},
+        "logprobs": {"dtype": "F16", "shape": [rows, VOCABULARY], "data_offsets": [len(exact), len(data)]},
+    }
+    metadata = {
+        "format": "cnllama-reference", "version": "2", "source": "x", "content": "",
+        "windows_sha256": digest.hexdigest(), "tensors": '{"a":{"rms":1.0,"mean":0.0,"absmax":2.0}}',
+    }  # fmt: skip
+    return mutate_safetensors.build({"__metadata__": metadata, **entries}, data)
 
 
 def _reference(rng: random.Random) -> Made:
-    data, steps = mutate_safetensors.mutate(rng, stored_reference(), ["logprobs"])
+    data, steps = mutate_safetensors.mutate(rng, stored_reference(), ["logprobs", "target_logprobs"])
     return "reference.safetensors", data, {"how": "reference"}, steps
 
 
