@@ -78,6 +78,8 @@ CASES = {
     "tied, stage 2": ("lora", "tied", 0, ("pretrain",)),
     "tied, full": ("full", "tied", 0, ("pretrain", "--full")),
     "tied, new rows": ("lora", "tied", 300, ("pretrain", "--train-new-rows-only", 300)),
+    "tied, new rows, narrow": ("lora", "tied", 300, ("pretrain", "--train-new-rows-only", 300, "--dtype", "bfloat16")),
+    "tied, stage 1, narrow": ("embeddings", "tied", 0, ("pretrain", "--stage", 1, "--dtype", "bfloat16")),
 }
 
 
@@ -94,7 +96,8 @@ def test_a_run_is_that_of_the_reference(place: Path, case: str) -> None:
     inside(*words, "-o", out)
     config, weights = reference.read_weights(place / base)
     given = steps(place, verb, "--pack" in more)
-    recipe = reference.Recipe(mode, LR, len(given), warmup=0.3, old_rows=old_rows)
+    frozen = torch.bfloat16 if "bfloat16" in more else torch.float64
+    recipe = reference.Recipe(mode, LR, len(given), warmup=0.3, old_rows=old_rows, frozen=frozen)
     run = reference.train(config, weights, given, recipe, lora)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for name, values in (("loss", run.losses), ("grad_norm", run.norms), ("lr", run.rates)):
@@ -104,6 +107,10 @@ def test_a_run_is_that_of_the_reference(place: Path, case: str) -> None:
     assert reference.update_error(found, run.weights, before) < 2e-3
     if base == "tied" and mode != "full":
         assert torch.equal(found[reference.EMBED], found[reference.HEAD])
+    for name in (reference.EMBED, reference.HEAD):
+        assert old_rows == 0 or torch.equal(
+            found[name][:old_rows].double(), weights[reference.EMBED if base == "tied" else name][:old_rows]
+        )
 
 
 def first_lora(words: list[object], out: Path) -> dict[str, Any]:

@@ -331,8 +331,9 @@ class MergedBase:
         self._plan = make_plan(base, adapters)
 
     def values(self, name: str) -> torch.Tensor:
-        """A tensor with all its rows, float32."""
-        tensor = self._plan.tensors[name].padded()
+        """A tensor with all its rows, float32; lm_head is embed_tokens where they are tied."""
+        tied = name == LM_HEAD and name not in self._plan.tensors
+        tensor = self._plan.tensors[EMBEDDING if tied else name].padded()
         values = torch.from_numpy(tensor.read())
         tensor.release()
         return values
