@@ -355,5 +355,6 @@ class MergedBase:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all)."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # where DeepSpeed keeps a part of a parameter, it tells the size of the whole
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
     return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)
