@@ -66,6 +66,9 @@ def speed(python: str, place: Path, case: str, steps: int, out: str) -> tuple[fl
         raise SystemExit(result.stderr)
     lines = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("LINE ")]
     tokens, cpu, clock = (last - first for first, last in zip(lines[1], lines[-1], strict=True))
+    if verb == "pretrain" or "--pack" in more:  # blocks: what is left free in them is work, too
+        size = dict(zip(more[-4::2], more[-3::2], strict=True))
+        tokens = (len(lines) - 2) * int(size["--block-size"]) * int(size["--batch-size"])
     return tokens / cpu, tokens / clock
 
 
@@ -74,6 +77,7 @@ def main() -> None:
     parser.add_argument("old", metavar="OLD_PYTHON")
     parser.add_argument("new", metavar="NEW_PYTHON")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--case", choices=CASES, action="append", help="all without it")
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
     print("| training | old, tokens/s | new, tokens/s | ratio | ratio by the clock | rounds |")
@@ -81,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_base(place)
-        for number, case in enumerate(CASES):
+        for number, case in enumerate(args.case or CASES):
             found: dict[str, list[tuple[float, float]]] = {"old": [], "new": []}
             for turn in range(args.rounds):
                 for which in ("old", "new") if turn % 2 else ("new", "old"):
