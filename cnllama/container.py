@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cnllama.errors import InputError
-from cnllama.files import Output, read_bytes
+from cnllama.files import Output
 from cnllama.mapped import WatchedFile
+from cnllama.paths import read_bytes
 from cnllama.signatures import HEAD, what_it_is
 from cnllama.space import check_space
 

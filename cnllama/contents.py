@@ -20,7 +20,7 @@ from typing import Any
 from cnllama import files
 from cnllama.container import parse_json
 from cnllama.errors import CnllamaError, InputError, from_os_error
-from cnllama.paths import is_dir, is_file
+from cnllama.paths import is_dir, is_file, open_regular, read_bytes
 
 _CHUNK = 1 << 22
 _FILE = "hashes"  # its own hash, then rows of JSON
@@ -49,7 +49,7 @@ def file_sha256(path: Path, advance: Advance = lambda _: None) -> str:
 
     advance: called with the bytes of every piece, of the whole file at once when it is remembered.
     """
-    with files.open_regular(path) as file:
+    with open_regular(path) as file:
         before = os.fstat(file.fileno())
         key = _key(before)
         known = _cache.get(key) if before.st_size > _SMALL else None
@@ -146,7 +146,7 @@ class _Cache:
         if directory is None:
             return []
         try:
-            own, _, data = files.read_bytes(directory / _FILE, _MAX_CACHE).partition(b"\n")
+            own, _, data = read_bytes(directory / _FILE, _MAX_CACHE).partition(b"\n")
             rows = parse_json(data, _FILE) if own.decode("ascii") == hashlib.sha256(data).hexdigest() else None
         except (CnllamaError, ValueError):
             return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that cnllama changes on a disk, and how it reads a stranger's small files.
+"""Everything that cnllama changes on a disk.
 
 A file is under its name when it is whole, or not at all. Nothing else in cnllama/ and convert/ creates, writes, renames
 or removes anything: a test reads both for such calls.
@@ -17,10 +17,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from cnllama.errors import CnllamaError, InputError, from_os_error
-from cnllama.paths import check_name, exists, is_link, real_path, status
+from cnllama.paths import exists, is_link, open_regular, read_some, real_path, status
 
 try:
     import fcntl
@@ -262,7 +261,7 @@ def copy_file(source: Path, target: Path, advance: Callable[[int], object] = lam
     """Copies a file of any size; `advance` gets the bytes of every piece. Raises InputError for no regular file."""
     with open_regular(source) as file, Output(target) as output:
         offset = 0
-        while data := _read(file, source, _CHUNK):
+        while data := read_some(file, source, _CHUNK):
             output.write(data, offset)
             offset += len(data)
             advance(len(data))
@@ -336,8 +335,8 @@ def _take_over(path: Path, target: Path) -> None:
         return
     for owner in ((old.st_uid, old.st_gid), (-1, old.st_gid)):
         if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
-            _operation("mode", path)
             with suppress(OSError):  # only root may give a file away
+                _operation("mode", path)
                 os.chown(path, *owner)
             new = os.stat(path)
     same = (new.st_uid, new.st_gid) == (old.st_uid, old.st_gid)
@@ -345,9 +344,9 @@ def _take_over(path: Path, target: Path) -> None:
 
 
 def _change_mode(path: Path, mode: int) -> None:
-    if stat.S_IMODE(os.stat(path).st_mode) != mode:
-        _operation("mode", path)
-        with suppress(OSError):  # a file system without modes
+    with suppress(OSError):  # a file system without modes
+        if stat.S_IMODE(os.stat(path).st_mode) != mode:
+            _operation("mode", path)
             os.chmod(path, mode)
 
 
@@ -392,40 +391,3 @@ def remove_directory(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """Opens a file to read. Raises InputError for a pipe, a device, a directory: what could hang or never end."""
-    check_name(path)
-    try:
-        kind = os.stat(path).st_mode
-        if stat.S_ISREG(kind):  # asked before, because opening some devices has effects, and after, of what was opened
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-            kind = os.fstat(fd).st_mode
-            if stat.S_ISREG(kind):
-                return os.fdopen(fd, "rb")
-            os.close(fd)
-    except OSError as error:
-        raise from_os_error(path, error) from None
-    found = "this is a directory, expected a file" if stat.S_ISDIR(kind) else "this is no regular file"
-    raise InputError(f"{path}: {found}")
-
-
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The whole of a small file. Raises InputError when it is no regular file, and for more than `limit` bytes."""
-    parts: list[bytes] = []
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        while size <= limit and (data := _read(file, path, _CHUNK)):  # the size of some files of the system is 0
-            parts.append(data)
-            size = max(size, sum(map(len, parts)))
-    if size > limit:
-        raise InputError(f"{path}: {size:,} bytes is too long for such a file, expected at most {limit:,}")
-    return b"".join(parts)
-
-
-def _read(file: IO[bytes], path: Path, count: int) -> bytes:
-    try:
-        return file.read(count)
-    except OSError as error:
-        raise from_os_error(path, error) from None

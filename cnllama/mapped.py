@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cnllama import _core
 from cnllama.errors import CnllamaError, FileChangedError, InputError, from_os_error
-from cnllama.files import open_regular
+from cnllama.paths import open_regular
 
 
 class WatchedFile:

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from cnllama import files
 from cnllama.container import read_json
 from cnllama.errors import CnllamaError, InputError, from_os_error
-from cnllama.paths import is_own_dir, real_path
+from cnllama.paths import is_own_dir, read_bytes, real_path
 
 RECORD = ".cnllama.json"
 _FORMAT, _VERSION = "cnllama-directory", 1
@@ -40,7 +41,7 @@ class OwnedDirectory:
     anything foreign is. wait: for another process that works there. scratch: matches the relative names of the files in
     SCRATCH, which libraries write there.
 
-    Everything that files.py puts directly into the directory while the block lasts is entered. Raises InputError naming
+    Whatever files.py puts into the directory itself is entered; an exception leaves no SCRATCH. Raises InputError for
     what is foreign, and for a place that cannot be written; CnllamaError where another process works there.
     """
 
@@ -88,6 +89,9 @@ class OwnedDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None:
+            with suppress(CnllamaError):  # what somebody else put there stays
+                self.remove(self.SCRATCH)
         files.set_claim(self._real, None)
         self._close(failed=kind is not None)
 
@@ -383,7 +387,7 @@ def _identity_of(status: os.stat_result) -> Identity:
 def _is_log(path: Path) -> bool:
     """Whether every whole line is a JSON object, as in the logs that we write; the last one may be torn."""
     try:
-        *lines, _ = files.read_bytes(path, _MAX_LOG).split(b"\n")
+        *lines, _ = read_bytes(path, _MAX_LOG).split(b"\n")
         return all(isinstance(json.loads(line), dict) for line in lines)
     except (CnllamaError, ValueError, RecursionError):
         return False

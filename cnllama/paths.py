@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands at a path that somebody gave: asked the same way on every Python, answered or refused in one sentence.
+"""What stands at a path that somebody gave: asked the same way on every Python, answered or refused in one sentence,
+and read without waiting for what never comes.
 
 Path.exists and its like take some errors for "no", raise others, and which ones depends on the version of Python.
 """
@@ -9,10 +10,13 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 from cnllama.errors import InputError, from_os_error
 
 PathLike = str | os.PathLike[str]
+
+_CHUNK = 1 << 22
 
 
 def check_name(path: PathLike) -> None:
@@ -94,3 +98,41 @@ def names_in(directory: PathLike) -> list[str]:
         return sorted(os.listdir(directory))
     except OSError as error:
         raise from_os_error(directory, error) from None
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file to read. Raises InputError for a pipe, a device, a directory: what could hang or never end."""
+    check_name(path)
+    try:
+        kind = os.stat(path).st_mode
+        if stat.S_ISREG(kind):  # asked before, because opening some devices has effects, and after, of what was opened
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            kind = os.fstat(fd).st_mode
+            if stat.S_ISREG(kind):
+                return os.fdopen(fd, "rb")
+            os.close(fd)
+    except OSError as error:
+        raise from_os_error(path, error) from None
+    found = "this is a directory, expected a file" if stat.S_ISDIR(kind) else "this is no regular file"
+    raise InputError(f"{path}: {found}")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The whole of a small file. Raises InputError when it is no regular file, and for more than `limit` bytes."""
+    parts: list[bytes] = []
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        while size <= limit and (data := read_some(file, path, _CHUNK)):  # the size of some files of the system is 0
+            parts.append(data)
+            size = max(size, sum(map(len, parts)))
+    if size > limit:
+        raise InputError(f"{path}: {size:,} bytes is too long for such a file, expected at most {limit:,}")
+    return b"".join(parts)
+
+
+def read_some(file: IO[bytes], path: Path, count: int) -> bytes:
+    """The next `count` bytes of an open file, fewer at its end. Raises CnllamaError."""
+    try:
+        return file.read(count)
+    except OSError as error:
+        raise from_os_error(path, error) from None

@@ -18,9 +18,8 @@ import numpy.typing as npt
 
 from cnllama.container import DTYPE_BYTES, SafetensorsFile, read_json
 from cnllama.errors import InputError
-from cnllama.files import open_regular
 from cnllama.mapped import WatchedFile
-from cnllama.paths import exists, is_dir, is_link
+from cnllama.paths import exists, is_dir, is_link, open_regular
 from cnllama.signatures import HEAD, what_it_is
 
 from . import diagnosis
@@ -42,7 +41,10 @@ class SourceTensor(ABC):
 
     @abstractmethod
     def read(self, begin: int = 0, end: int | None = None) -> FloatArray:
-        """A float32 copy of rows begin .. end (all by default); F64 is rounded. Raises InputError for other dtypes."""
+        """A float32 copy of rows begin .. end (all by default); F64 is rounded. Raises InputError for other dtypes.
+
+        A tensor without dimensions is its one value, whatever rows are asked for.
+        """
 
     @abstractmethod
     def release(self) -> None:
@@ -77,10 +79,10 @@ class _MappedTensor(SourceTensor):
         self.check_dtype()
         data = self._source.view(self.name)
         if self.dtype == "BF16":
-            values = _from_bfloat16(data.view(np.uint16).reshape(self.shape)[begin:end])
+            values = _from_bfloat16(_rows(data.view(np.uint16).reshape(self.shape), begin, end))
         else:
             kind = {"F16": np.float16, "F32": np.float32, "F64": np.float64}[self.dtype]
-            values = _to_float32(data.view(kind).reshape(self.shape)[begin:end])
+            values = _to_float32(_rows(data.view(kind).reshape(self.shape), begin, end))
         self._source.check_unchanged()
         return values
 
@@ -100,7 +102,7 @@ class _TorchTensor(SourceTensor):
         import torch
 
         self.check_dtype()
-        rows = self._tensor[begin:end].contiguous()
+        rows = _rows(self._tensor, begin, end).contiguous()
         if self.dtype == "BF16":
             values = _from_bfloat16(rows.view(torch.int16).numpy().view(np.uint16))
         else:
@@ -112,6 +114,10 @@ class _TorchTensor(SourceTensor):
     def release(self) -> None:
         if self._mapped is not None and self._tensor.is_contiguous():
             _drop_pages(self._tensor.data_ptr(), self._tensor.nbytes)
+
+
+def _rows(values: Any, begin: int, end: int | None) -> Any:
+    return values[begin:end] if values.ndim else values
 
 
 def _to_float32(values: npt.NDArray[Any]) -> FloatArray:

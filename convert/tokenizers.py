@@ -12,8 +12,7 @@ from typing import Any
 
 from cnllama.container import read_json
 from cnllama.errors import InputError
-from cnllama.files import read_bytes
-from cnllama.paths import exists
+from cnllama.paths import exists, read_bytes
 from cnllama.sentencepiece_model import open_model
 from cnllama.templates import CONTROL_NAMES
 

@@ -16,6 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from gguf_files import Maker
+    from kills.points import Workshop
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -98,6 +99,20 @@ def make(tmp_path_factory: pytest.TempPathFactory, tokenizer_model: bytes) -> Ma
     from gguf_files import Maker
 
     return Maker(tmp_path_factory.mktemp("gguf"), tokenizer_model)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """Where the commands of tests/kills are ended."""
+    for library in ("torch", "transformers", "peft", "matplotlib"):
+        pytest.importorskip(library, reason="training is killed, too")
+    from kills.cases import make_inputs
+    from kills.children import warm_up
+    from kills.points import Workshop
+
+    warm_up()
+    folder = tmp_path_factory.mktemp("kills")
+    return Workshop(make_inputs(folder / "inputs"), folder / "place")
 
 
 @pytest.fixture

@@ -276,3 +276,16 @@ def test_any_shape_is_written(tmp_path: Path) -> None:
     assert all(np.array_equal(loaded[name], value) for name, value in values.items())
     header = (tmp_path / "x.safetensors").read_bytes()
     assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == {"format": "pt"}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_single_numbers_and_empty_tensors_stay(tmp_path: Path, tokenizer: Path, english: bytes, kind: str) -> None:
+    """A tensor without dimensions is read like the others; one without values costs nothing, however long."""
+    tensors = models.random_tensors(models.small_config(models.piece_count(english)))
+    tensors["model.layers.0.scale"] = np.array(1.5, np.float32)
+    tensors["model.layers.0.nothing"] = np.empty((1 << 40, 0), np.float32)
+    base = models.make_llama(tmp_path / "base", english, kind=kind, tensors=tensors)
+    resize(base, tokenizer, tmp_path / "out")
+    after = read_all(tmp_path / "out")
+    assert after["model.layers.0.scale"] == np.float32(1.5)
+    assert after["model.layers.0.nothing"].shape == (1 << 40, 0)

@@ -19,8 +19,9 @@ from killing import killed_everywhere
 from cnllama import files
 from cnllama.container import read_json
 from cnllama.errors import CnllamaError, InputError
-from cnllama.files import Output, append, copy_file, open_regular, read_bytes, write_file, write_json
+from cnllama.files import Output, append, copy_file, write_file, write_json
 from cnllama.mapped import WatchedFile
+from cnllama.paths import open_regular, read_bytes
 
 LEFTOVER = ".o.cnl.cnllama-12-0123abcd.part"
 

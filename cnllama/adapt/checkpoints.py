@@ -29,9 +29,11 @@ _WEIGHTS = (
 _ENGINES = (
     r"(global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+)(/.+)?|latest|zero_to_fp32\.py|pytorch_model_fsdp\.bin"
 )
-# What transformers, DeepSpeed and FSDP call the files that they write in a scratch directory.
+_HALF = r"\.tmp[0-9A-Za-z]{6}"  # what safetensors writes before it has its name
+# What transformers, safetensors, DeepSpeed and FSDP call the files that they write in a scratch directory.
 SCRATCH_FILES = re.compile(
-    rf"(checkpoint-\d+|model)(/({_STATE}|{_WEIGHTS}|{_ENGINES}|{re.escape(MARK)}))?|bad_batch-\d+\.json", re.DOTALL
+    rf"(checkpoint-\d+|model)(/({_STATE}|{_WEIGHTS}|{_HALF}|{_ENGINES}|{re.escape(MARK)}))?|bad_batch-\d+\.json",
+    re.DOTALL,
 )
 
 

@@ -85,6 +85,8 @@ def _header(tensors: Mapping[str, OutTensor]) -> bytes:
 
 
 def _chunks(tensor: OutTensor) -> Iterator[FloatArray]:
+    if not tensor.nbytes:  # it may claim any number of empty rows
+        return
     rows = tensor.shape[0] if tensor.shape else 1
     step = max(1, _CHUNK_BYTES // max(1, 4 * math.prod(tensor.shape[1:])))
     for begin in range(0, rows, step):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.errors import InputError, printable
-from cnllama.files import read_bytes, write_file
+from cnllama.files import write_file
+from cnllama.paths import read_bytes
 
 _DPI = 120
 _TREND_WINDOWS = 50

@@ -13,9 +13,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from cnllama.errors import printable
-from cnllama.files import append, read_bytes, write_file
+from cnllama.files import append, write_file
 from cnllama.ownership import OwnedDirectory
-from cnllama.paths import exists
+from cnllama.paths import exists, read_bytes
 
 LOG = "log.jsonl"
 _MAX_LOG = 1 << 30

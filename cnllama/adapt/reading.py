@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cnllama.errors import InputError, from_os_error
-from cnllama.files import open_regular, read_bytes
-from cnllama.paths import is_dir
+from cnllama.paths import is_dir, open_regular, read_bytes
 from cnllama.templates import join_input
 
 FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".json": "json"}

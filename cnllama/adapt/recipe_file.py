@@ -20,9 +20,8 @@ from typing import Any
 from cnllama.adapt.script_files import script_files
 from cnllama.arguments import ListAction
 from cnllama.errors import InputError
-from cnllama.files import read_bytes
 from cnllama.ownership import RECORD
-from cnllama.paths import check_name, exists
+from cnllama.paths import check_name, exists, read_bytes
 
 MARK = "stage.json"
 SCRIPT = "script"

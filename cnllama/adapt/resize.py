@@ -28,8 +28,8 @@ from cnllama.convert.checkpoint import (
 )
 from cnllama.convert.tokenizers import MAX_TOKENIZER, MODEL, TokenizerFiles, first_difference, read_tokenizer
 from cnllama.errors import InputError, printable
-from cnllama.files import copy_file, read_bytes, write_json
-from cnllama.paths import exists, is_dir
+from cnllama.files import copy_file, write_json
+from cnllama.paths import exists, is_dir, read_bytes
 from cnllama.stdio import say, show
 from cnllama.tokenizer import SPACE, Tokenizer
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cnllama.errors import CnllamaError
-from cnllama.files import read_bytes
-from cnllama.paths import is_file
+from cnllama.paths import is_file, read_bytes
 
 _MAX_BYTES = 1 << 24
 _MAX_FILES = 1000

@@ -36,9 +36,9 @@ from cnllama.container import read_json
 from cnllama.convert.merge import bias_settings
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
-from cnllama.files import read_bytes, write_json
+from cnllama.files import write_json
 from cnllama.ownership import OwnedDirectory
-from cnllama.paths import exists, is_dir, real_path
+from cnllama.paths import exists, is_dir, read_bytes, real_path
 from cnllama.space import check_space
 from cnllama.stdio import say
 

@@ -25,9 +25,9 @@ from cnllama.convert.tokenizers import (
     read_tokenizer,
 )
 from cnllama.errors import InputError
-from cnllama.files import Output, make_directory, read_bytes, remove_directory, write_file, write_json
+from cnllama.files import Output, make_directory, remove_directory, write_file, write_json
 from cnllama.ownership import OwnedDirectory
-from cnllama.paths import exists, is_dir, same_file
+from cnllama.paths import exists, is_dir, read_bytes, same_file
 
 PAD = "[PAD]"
 _PIECES = 1
@@ -195,16 +195,11 @@ def tokenizer_output(out: Path, inputs: Sequence[Path] = ()) -> Iterator[Callabl
 def _tokenizer_directory(out: Path) -> Iterator[Callable[[bytes], None]]:
     if exists(out) and not is_dir(out):
         raise InputError(f"{out}: this is a file, expected the name of a directory or one that ends in .model")
-    with OwnedDirectory(out, "tokenizer", names=(CONFIG, SPECIAL, MODEL)) as own:
+    with OwnedDirectory(out, "tokenizer", names=(CONFIG, SPECIAL, MODEL)):
         for name in ("tokenizer.json", ADDED):
             if exists(out / name):
                 raise InputError(f"{out / name}: belongs to another tokenizer; choose an empty directory or remove it")
-
-        def write(model: bytes) -> None:
-            own.remove(MODEL)  # of an earlier run: without it a directory is clearly unfinished
-            write_tokenizer_files(out, model)
-
-        yield write
+        yield lambda model: write_tokenizer_files(out, model)
 
 
 def write_tokenizer_files(directory: Path, model: bytes) -> None:

@@ -8,8 +8,7 @@ import stat
 from pathlib import Path
 
 from cnllama.errors import InputError, from_os_error
-from cnllama.files import read_bytes
-from cnllama.paths import check_name
+from cnllama.paths import check_name, read_bytes
 
 MAX_BYTES = 1 << 26
 _OTHER_KINDS = {

@@ -68,7 +68,6 @@ def _first(_: Any) -> Any:
 
 _CNL, _BOX, _HEADER = "cnllama.format:CnlFile.", "cnllama.container:", "cnllama.eval.gguf_header:"
 _READING, _BIN = "cnllama.adapt.reading:", "cnllama.convert.checkpoint:"
-_BEYOND = 1 << 64
 
 FAULTS: dict[str, Fault] = {
     "cnl: the header's hash is not compared": Fault("cnl", _CNL + "_check_header_hash", _nothing),
@@ -77,7 +76,7 @@ FAULTS: dict[str, Fault] = {
     "cnl: the generation defaults are not checked": Fault("cnl", _CNL + "_check_generation", _nothing),
     "cnl: a fingerprint of anything": Fault("cnl", _CNL + "_check_fingerprint", _nothing),
     "checkpoint: JSON without end or sense": Fault(
-        "checkpoint", _BOX + "parse_json", lambda _: lambda text, what: json.loads(text)
+        "checkpoint", _BOX + "parse_json", lambda _: lambda text, what, names=False: json.loads(text)
     ),
     "checkpoint: tensors of any shape": Fault("checkpoint", "cnllama.convert.tensor_facts:fits", _always(True)),
     "checkpoint: words of SentencePiece as they are": Fault(
@@ -96,7 +95,6 @@ FAULTS: dict[str, Fault] = {
     "pickle: values of any type": Fault("pickle", _BIN + "all", _always(True)),
     "pickle: sparse and empty tensors": Fault("pickle", _BIN + "any", _always(False)),
     "gguf: unknown types": Fault("gguf", _HEADER + "FORMATS", _holding_all),
-    "gguf: tensors of any extent": Fault("gguf", _HEADER + "MAX_EXTENT", lambda _: _BEYOND),
     "gguf: tensors beyond the file": Fault("gguf", _HEADER + "any", _always(False)),
     "gguf: a size of any type": Fault("gguf", _HEADER + "is_count", _always(True)),
     "text: JSON without end": Fault("text", _READING + "RecursionError", _uncaught),
@@ -108,7 +106,7 @@ FAULTS: dict[str, Fault] = {
     "args: the usage instead of one sentence": Fault(
         "args", "cnllama.cli.main:Parser.error", lambda _: import_module("argparse").ArgumentParser.error
     ),
-    "args: files that are not there": Fault("args", "cnllama.container:OSError", _uncaught),
+    "args: integers of any size": Fault("args", "cnllama.sampling:_integer", _nothing),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 SECONDS = 5.0
-SECOND_CHANCE = 6  # times as long may an input wait, on a machine that is busy, for its SECONDS of processor time
+SECOND_CHANCE = 12  # times as long may an input wait, on a machine that is busy, for its SECONDS of processor time
 MEMORY = 1 << 30
 FILE_SIZE = 1 << 28  # no input asks for a larger output
 _SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")  # it takes address space for itself, and ends without

@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ def _fork(work: Callable[[], object]) -> int:
     os._exit(0)
 
 
+def _kill(child: int) -> None:
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 class Running:
     """A slice on its way. `poll` until it says that it is done."""
 
@@ -144,9 +151,8 @@ class Running:
         return self._finish()
 
     def kill(self) -> None:
-        """Ends the process of the slice."""
-        os.kill(self._child, signal.SIGKILL)
-        os.waitpid(self._child, 0)
+        """Ends the process of the slice, if it runs."""
+        _kill(self._child)
 
     def wait(self) -> Slice:
         """Waits for the end; the slice."""
@@ -248,33 +254,37 @@ def sandbox(folder: Path) -> None:
 def run_slices(place: Workplace, parts: Sequence[Slice], jobs: int, end: float) -> Iterator[Slice]:
     """Runs slices, `jobs` at a time; gives those that were whole before the time `end` (time.monotonic)."""
     waiting, running = list(reversed(parts)), list[Running]()
-    while waiting or running:
-        if time.monotonic() > end:
-            for one in running:
-                one.kill()
-            return
-        while waiting and len(running) < jobs:
-            running.append(Running(place, waiting.pop()))
-        done = [one for one in running if one.poll()]
-        running = [one for one in running if one not in done]
-        yield from (one.part for one in done)
-        if not done:
-            time.sleep(0.02)
+    try:
+        while (waiting or running) and time.monotonic() < end:
+            while waiting and len(running) < jobs:
+                running.append(Running(place, waiting.pop()))
+            done = [one for one in running if one.poll()]
+            running = [one for one in running if one not in done]
+            yield from (one.part for one in done)
+            if not done:
+                time.sleep(0.02)
+    finally:
+        for one in running:
+            one.kill()
 
 
 def find_faults(place: Workplace, names: Sequence[str], limit: int, jobs: int) -> Iterator[tuple[str, int, str]]:
     """(fault, inputs that were run, how it showed; "" when it was not found) of every fault, `jobs` at a time."""
     waiting, running = list(reversed(names)), dict[int, str]()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
-            running[_fork(lambda name=name: _write_found(place, name, limit))] = name
-        child, status = os.wait()
-        name = running.pop(child)
-        if status:
-            raise RuntimeError(f"the fuzzer failed at the fault {name}")
-        count, key = json.loads(_found_file(place, name).read_text(encoding="ascii"))
-        yield name, count, key
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop()
+                running[_fork(lambda name=name: _write_found(place, name, limit))] = name
+            child, status = os.wait()
+            name = running.pop(child)
+            if status:
+                raise RuntimeError(f"the fuzzer failed at the fault {name}")
+            count, key = json.loads(_found_file(place, name).read_text(encoding="ascii"))
+            yield name, count, key
+    finally:
+        for child in running:
+            _kill(child)
 
 
 def _found_file(place: Workplace, name: str) -> Path:

@@ -167,6 +167,7 @@ class Arguments(Target):
         "cnllama.llm", "cnllama.convert.parity", "cnllama.convert.gguf.export", "cnllama.adapt.pretrain",
         "cnllama.adapt.sft", "cnllama.adapt.create", "cnllama.adapt.merge", "cnllama.adapt.resize", "cnllama.cli.eval",
         "cnllama.cli.bench", "cnllama.eval.text_scores", "cnllama.eval.multiple_choice", "cnllama.stats", "models",
+        "matplotlib.figure", "matplotlib.backends.backend_agg",  # half imported at a time limit they never work again
     )  # fmt: skip
     copied: ClassVar[bool] = True
 
