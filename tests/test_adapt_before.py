@@ -237,6 +237,11 @@ def test_line_breaks_of_a_template_may_be_typed() -> None:
 def test_restart_keeps_the_earlier_run_where_the_new_one_cannot_begin(base: Path, data: Path, tmp_path: Path) -> None:
     words: list[Any] = ["adapt", "pretrain", base, "-o", tmp_path / "out", "--data", data / "zh.txt", *SMALL]
     inside(*words, "--max-steps", 1)
-    for more in (["--block-size", 50_000], ["--batch-size", 3000], ["--rank", 0], ["--eval", tmp_path / "nowhere.txt"]):
+    for more in (
+        ["--block-size", 50_000],
+        ["--batch-size", 10**6],
+        ["--rank", 0],
+        ["--eval", tmp_path / "nowhere.txt"],
+    ):
         inside(*words, *more, "--restart", expect=2)
         assert (tmp_path / "out" / "result.json").exists()

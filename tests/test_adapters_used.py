@@ -30,7 +30,7 @@ from cnllama.convert.pack import convert, make_plan
 from models import write_json
 
 from cnllama import LLM
-from cnllama.adapt.lora import fold
+from cnllama.adapt.lora import MergedBase
 from cnllama.adapt.merge import merge_checkpoint
 from cnllama.adapt.stage import _open_model
 from cnllama.cli.main import main
@@ -92,7 +92,7 @@ def test_the_base_of_further_training(kind: Case, tmp_path: Path) -> None:
     root, adapter, _, judged = kind
     config, _ = _open_model(SimpleNamespace(model=root, adapters=[adapter]))
     model = LlamaForCausalLM.from_pretrained(root, config=config, dtype=torch.float32).eval()
-    fold(model, root, [adapter])
+    MergedBase(root, [adapter]).fold(model)
     with torch.no_grad():
         assert relative(model(torch.tensor([IDS])).logits[0].numpy(), judged.logits) <= 1e-5
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from cnllama.adapt.batches import Order
 from cnllama.container import is_count, read_json
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import write_json
@@ -45,7 +46,7 @@ class Checkpoints(TrainerCallback):
     """Checks every checkpoint by reading it back, gives it its name when it is whole, then removes the oldest.
 
     own: the result's directory, None in processes that do not write. check: directory -> None, raises when what was
-    saved is not what was trained. items: data items of a step; steps: of an epoch. more: what else to keep.
+    saved is not what was trained. order: of the run's steps. more: what else to keep.
     """
 
     def __init__(
@@ -53,18 +54,12 @@ class Checkpoints(TrainerCallback):
         own: OwnedDirectory | None,
         *,
         keep: int,
-        items: int,
-        steps: int,
+        order: Order,
         check: Callable[[Path], None],
         more: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._own, self._keep, self._check, self._more = own, keep, check, more
-        self._items, self._steps = items, steps
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-        """Chooses the order of the epoch before the data loader begins it."""
-        if train_dataloader is not None:
-            train_dataloader.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+        self._order = order
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After all processes have written their part."""
@@ -72,9 +67,9 @@ class Checkpoints(TrainerCallback):
             return
         directory = scratch_directory(self._own.path) / f"checkpoint-{state.global_step}"
         self._check(directory)
-        epoch, step = divmod(state.global_step, self._steps)
+        epoch, step = self._order.position(state.global_step)[:2]
         sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if is_file(path)}
-        position = {"epoch": epoch, "index": step * self._items}
+        position = {"epoch": epoch, "index": step * self._order.split.items}
         mark = {"step": state.global_step, "data_position": position, "files": sizes}
         write_json(directory / MARK, mark | self._more())
         self._own.publish(directory, directory.name)

@@ -7,15 +7,18 @@ instead of in a second copy (PEFT's modules_to_save wrapper), which is a gigabyt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from cnllama.adapt.hf_checkpoint import OutTensor, write_safetensors
+from cnllama.adapt.precision import freeze_linears, frozen_linear
+from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.errors import CnllamaError, InputError
 from cnllama.files import make_directory, write_json
 
@@ -27,6 +30,8 @@ _NO_TARGETS = "dummy-target-modules"  # PEFT's own name for an adapter that has 
 
 Tensors = dict[str, torch.Tensor]
 State = Mapping[str, torch.Tensor]
+T = TypeVar("T")
+Values = Callable[[str], torch.Tensor]  # of a tensor of the merged base, float32, on the CPU
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Trained:
             raise InputError("--train-new-rows-only and --full exclude each other: choose one")
         if not 1 <= self.rank <= 1 << 12:
             raise InputError(f"--rank is {self.rank}, expected 1 to {1 << 12}")
+        if not (math.isfinite(self.alpha) and self.alpha):
+            raise InputError(f"--alpha is {self.alpha:g}, expected a finite number that is not 0: LoRA is scaled by it")
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is {self.dropout:g}, expected 0 to less than 1")
         unknown = [name for name in self.targets if name not in TARGETS]
@@ -82,12 +89,15 @@ class GrownHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., rows]."""
-        old = nn.functional.linear(hidden, self.old.to(hidden.dtype))
-        return torch.cat((old, nn.functional.linear(hidden, self.new.to(hidden.dtype))), -1)
+        new = nn.functional.linear(hidden, self.new.to(hidden.dtype))
+        return torch.cat((frozen_linear(hidden, self.old), new), -1)
 
 
-def prepare(model: Any, trained: Trained) -> Any:
-    """The model with exactly the chosen parameters requiring gradients, these in float32; returns what to train."""
+def prepare(model: Any, trained: Trained, values: Values | None = None) -> Any:
+    """The model with exactly the chosen parameters requiring gradients, these in float32; returns what to train.
+
+    values: where the model's weights are kept in 16 bits, the embeddings that train are taken from here.
+    """
     if trained.mode == "full":
         model.requires_grad_(True)
         return model.float()
@@ -101,7 +111,31 @@ def prepare(model: Any, trained: Trained) -> Any:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if trained.mode == "lora":
+        _draw_lora(model)
+    if values is not None:
+        _copy_embeddings(model, values)
+    freeze_linears(model)
     return model
+
+
+def _draw_lora(model: nn.Module) -> None:
+    """New matrices A in float32: PEFT rounds what it draws to the type of the weights beside it."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", True)
+
+
+def _copy_embeddings(model: nn.Module, values: Values) -> None:
+    with torch.no_grad():
+        for full_name, parameter in model.named_parameters():
+            name = _saved_name(full_name).removeprefix(_PREFIX)
+            if parameter.requires_grad and name in (EMBEDDING, LM_HEAD):
+                parameter.copy_(values(name))
+            elif name.endswith(".new"):
+                parameter.copy_(values(name.removesuffix("new") + "weight")[-parameter.shape[0] :])
 
 
 def _lora_config(trained: Trained) -> Any:
@@ -139,37 +173,39 @@ def _open_embeddings(core: Any, old_rows: int | None) -> None:
     core.set_output_embeddings(grown_head)
 
 
-def adapter_tensors(model: nn.Module, state: State | None = None) -> Tensors:
+def adapter_tensors(model: nn.Module, state: State | None = None, values: Values | None = None) -> Tensors:
     """The trained part of a prepared model by its name in an adapter file: float32, on the CPU.
 
     state: a gathered state dict, where the model's own parameters are sharded. Rows that do not train are included:
-    embed_tokens and lm_head are whole.
+    embed_tokens and lm_head are whole. values: where these rows come from; the model may hold them in 16 bits.
     """
-    # copies: tied matrices share memory, which a safetensors file cannot express
-    return {
-        name: torch.cat([part.detach().to("cpu", torch.float32, copy=True) for part in parts])
-        for name, parts in _parts(model, state).items()
-    }
+    shapes, tensors = adapter_shapes(model), {}
+    for name, parts in _parts(model.state_dict() if state is None else state).items():
+        old_rows, blocks = shapes[name][0] - parts[-1].shape[0], parts
+        if old_rows and values is not None:
+            blocks = [values(name.removeprefix(_PREFIX))[:old_rows], parts[-1]]
+        # copies: tied matrices share memory, which a safetensors file cannot express
+        tensors[name] = torch.cat([block.detach().to("cpu", torch.float32, copy=True) for block in blocks])
+    return tensors
 
 
-def adapter_shapes(model: nn.Module, state: State | None = None) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that adapter_tensors gives, without copying any."""
-    return {
-        name: (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        for name, parts in _parts(model, state).items()
-    }
+    # where DeepSpeed keeps a part of a parameter, it tells the shape of the whole
+    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters(remove_duplicate=False)}
+    return {name: (sum(part[0] for part in parts), *parts[0][1:]) for name, parts in _parts(shapes).items()}
 
 
-def _parts(model: nn.Module, state: State | None) -> dict[str, list[torch.Tensor]]:
-    """Every saved tensor as the list of blocks of rows that it is joined from."""
-    named = {_saved_name(name): t for name, t in (model.state_dict() if state is None else state).items()}
-    out: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in named.items():
+def _parts(parameters: Mapping[str, T]) -> dict[str, list[T]]:
+    """Of every saved tensor the blocks of rows that it is joined from; old rows may be missing in a gathered state."""
+    named = {_saved_name(name): value for name, value in parameters.items()}
+    out: dict[str, list[T]] = {}
+    for name, value in named.items():
         stem = name.removesuffix(".new")
         if stem != name:
-            out[stem + ".weight"] = [named[stem + ".old"], tensor]
+            out[stem + ".weight"] = [*([named[stem + ".old"]] if stem + ".old" in named else []), value]
         elif ".lora_" in name or name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            out[name] = [tensor]
+            out[name] = [value]
     return out
 
 
@@ -234,16 +270,16 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def check_saved(directory: Path, model: nn.Module, state: State | None = None) -> None:
-    """Reads an adapter back and compares it with the model: names, shapes, finite values, norms that are not zero.
+def check_saved(directory: Path, model: nn.Module) -> None:
+    """Reads an adapter back and compares it with the model: names, shapes, finite values, matrices that are not zero.
 
     An adapter whose every LoRA matrix B is zero has learned nothing, or was not saved. Raises CnllamaError.
     """
     from safetensors import safe_open
 
     file = directory / WEIGHTS
-    expected = adapter_shapes(model, state)
-    norms: dict[str, float] = {}
+    expected = adapter_shapes(model)
+    largest: dict[str, float] = {}
     try:
         with safe_open(file, "pt") as saved:
             names = set(saved.keys())
@@ -255,43 +291,70 @@ def check_saved(directory: Path, model: nn.Module, state: State | None = None) -
                 tensor = saved.get_tensor(name)
                 if tuple(tensor.shape) != expected[name]:
                     _refuse(file, f"{name} is {list(tensor.shape)}, the model has {list(expected[name])}")
-                norms[name] = float(torch.linalg.vector_norm(tensor))
+                largest[name] = float(tensor.abs().max())
     except (OSError, ValueError, RuntimeError) as error:
         raise CnllamaError(f"{file}: the saved adapter cannot be read back ({error}); is the disk full?") from None
-    for name, norm in norms.items():
-        if not 0 <= norm < float("inf"):
+    for name, value in largest.items():
+        if not value < float("inf"):
             _refuse(file, f"{name} holds NaN or infinity")
-        if norm == 0 and "lora_B" not in name:
+        if value == 0 and "lora_B" not in name:
             _refuse(file, f"{name} is all zero")
-    learned = [norm for name, norm in norms.items() if "lora_B" in name]
+    learned = [value for name, value in largest.items() if "lora_B" in name]
     if learned and not any(learned):
         _refuse(file, "every LoRA matrix B is zero, so the adapter changes nothing: is the learning rate 0?")
+
+
+def check_finite(directory: Path) -> None:
+    """Reads a whole checkpoint back. Raises CnllamaError for a value that is not finite."""
+    from safetensors import safe_open
+
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as saved:
+            for name in saved.keys():  # noqa: SIM118 (it is no mapping)
+                if not bool(saved.get_tensor(name).isfinite().all()):
+                    _refuse(file, f"{name} holds NaN or infinity")
 
 
 def _refuse(file: Path, found: str) -> None:
     raise CnllamaError(f"{file}: read back after saving, {found}; the checkpoint is not usable and training stops here")
 
 
-def fold(model: Any, base: Path, adapters: list[Path]) -> None:
-    """Merges earlier adapters into the model's weights with the converter's own code, tensor by tensor.
+class MergedBase:
+    """A base with earlier adapters on it, merged by the converter's own code, read from the files tensor by tensor.
 
-    model: made with the configuration of the plan: tied embeddings and biases as the adapters leave them. Raises
-    InputError as `cnllama convert` does.
+    Raises InputError as `cnllama convert` does.
     """
-    from cnllama.convert.merge import changed_names
-    from cnllama.convert.pack import make_plan
 
-    plan = make_plan(base, adapters)
-    if plan.vocabulary.rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(plan.vocabulary.rows, mean_resizing=False)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in changed_names(plan.checkpoint, plan.tensors):
-            parameters[name].copy_(torch.from_numpy(plan.tensors[name].padded().read()))
-            plan.tensors[name].release()
+    def __init__(self, base: Path, adapters: Sequence[Path] = ()) -> None:
+        from cnllama.convert.pack import make_plan
+
+        self._plan = make_plan(base, adapters)
+
+    def values(self, name: str) -> torch.Tensor:
+        """A tensor with all its rows, float32; lm_head is embed_tokens where they are tied."""
+        tied = name == LM_HEAD and name not in self._plan.tensors
+        tensor = self._plan.tensors[EMBEDDING if tied else name].padded()
+        values = torch.from_numpy(tensor.read())
+        tensor.release()
+        return values
+
+    def fold(self, model: Any) -> None:
+        """Puts all that the adapters change into a model of the base.
+
+        model: made with the configuration of the plan: tied embeddings and biases as the adapters leave them.
+        """
+        from cnllama.convert.merge import changed_names
+
+        if self._plan.vocabulary.rows != model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(self._plan.vocabulary.rows, mean_resizing=False)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in changed_names(self._plan.checkpoint, self._plan.tensors):
+                parameters[name].copy_(self.values(name))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all)."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # where DeepSpeed keeps a part of a parameter, it tells the size of the whole
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in model.parameters()]
     return sum(n for n, grad in sizes if grad), sum(n for n, _ in sizes)

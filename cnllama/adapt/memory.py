@@ -23,7 +23,7 @@ class Shape:
     """What decides the memory of a step.
 
     batch: sequences on one device at a time; length: tokens of each; frozen_bytes: of a parameter that does not train;
-    autocast: activations of matrix products are 2 bytes instead of 4.
+    autocast: activations of matrix products are 2 bytes instead of 4, which the weights are converted to.
     """
 
     batch: int
@@ -77,7 +77,7 @@ def plan_memory(config: Any, trained: Trained, shape: Shape) -> MemoryPlan:
         model = prepare(LlamaForCausalLM(config), trained)
     trains, total = count_parameters(model)
     tokens = shape.batch * shape.length
-    width = 2 if shape.autocast or (shape.frozen_bytes == 2 and trained.mode != "full") else 4
+    width = 2 if shape.autocast else 4
     hidden, inner = config.hidden_size, config.intermediate_size
     # Per token and layer: inputs of the seven matrix products, q, k, v, both norms' float32 inputs, gate, up, product.
     layer = width * (8 * hidden + 4 * inner) + 8 * hidden
@@ -85,6 +85,8 @@ def plan_memory(config: Any, trained: Trained, shape: Shape) -> MemoryPlan:
         layer += width * 4 * hidden  # dropped-out copies of the inputs of LoRA
     kept = 4 * hidden if shape.checkpointing else layer
     activations = tokens * (kept * config.num_hidden_layers + (layer if shape.checkpointing else 0))
+    if trained.mode != "full" and width != shape.frozen_bytes:
+        activations += width * max(p.numel() for p in model.parameters())  # converted, one matrix at a time
     return MemoryPlan(
         trained=trains,
         total=total,

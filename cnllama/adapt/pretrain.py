@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cnllama.adapt.batches import Collator
 from cnllama.adapt.data import Source, check_sources, prepare_text
 from cnllama.adapt.lora import TARGETS, Trained
 from cnllama.adapt.reading import POEM_TEMPLATE, template_fields, unescaped
 from cnllama.adapt.settings import Settings, add_training_arguments, from_arguments, parse_source
 from cnllama.adapt.stage import Data, Stage, run_stage
 from cnllama.adapt.tokenfile import Vocabulary
-from cnllama.adapt.trainer import Collator
 from cnllama.errors import InputError
 from cnllama.ownership import OwnedDirectory
 from cnllama.paths import real_path
@@ -73,13 +73,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             train = prepare_text(sources, vocabulary, cache, block_size=size, seed=settings.seed, progress=bar)
             if held_out:
                 evaluation = prepare_text(held_out, vocabulary, cache, block_size=size, shuffle=False, progress=bar)
-        return Data(
-            train,
-            evaluation,
-            Collator(),
-            padded=False,
-            report=[line for report in train.reports for line in report.lines()],
-        )
+        reports = [*train.reports, *(evaluation.reports if evaluation is not None else [])]
+        return Data(train, evaluation, Collator(), report=[line for report in reports for line in report.lines()])
 
     label = f"pretrain, stage {args.stage}" if not args.full else "pretrain, full"
     files = Files(sources, held_out, prepare_data, {"document": unescaped(args.document)})

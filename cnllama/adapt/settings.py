@@ -18,6 +18,8 @@ from cnllama.errors import InputError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "adamw-8bit")
+_MAX_COUNT = 2**31 - 1
+_MAX_EPOCHS = 10_000
 # What may differ between the run that was stopped and the one that goes on.
 _FREE = {"save_every", "keep", "eval_every", "log_every", "compile", "deepspeed", "dtype"}
 
@@ -59,11 +61,19 @@ class Settings:
             if getattr(self, name) < low:
                 raise InputError(f"{_option(name)} is {getattr(self, name)}, expected at least {low}")
         for name in ("max_steps", "save_every", "eval_every", "seed", "weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{_option(name)} is {getattr(self, name)}, expected 0 or more")
-        for name in ("lr", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{_option(name)} is {getattr(self, name):g}, expected a number over 0")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value > _MAX_COUNT:
+                raise InputError(f"{_option(field.name)} is {value:.3g}, expected at most {_MAX_COUNT}")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"--lr is {self.lr:g}, expected a number over 0")
+        if not 0 < self.epochs <= _MAX_EPOCHS:
+            raise InputError(
+                f"--epochs is {self.epochs:g}, expected a number over 0 and at most {_MAX_EPOCHS}; --max-steps counts "
+                "steps instead"
+            )
         for name in ("warmup", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{_option(name)} is {getattr(self, name):g}, expected 0 to less than 1")

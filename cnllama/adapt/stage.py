@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cnllama.adapt import memory
+from cnllama.adapt.batches import Collator, Order, Split
 from cnllama.adapt.checkpoints import (
     SCRATCH_FILES,
     complete_checkpoints,
@@ -21,15 +22,16 @@ from cnllama.adapt.checkpoints import (
     drop,
 )
 from cnllama.adapt.data import Source
+from cnllama.adapt.datasets import Items
 from cnllama.adapt.kept import as_json, described, difference
 from cnllama.adapt.lora import Trained
 from cnllama.adapt.plots import need_matplotlib
+from cnllama.adapt.precision import Precision, choose_precision
 from cnllama.adapt.progress import quiet
 from cnllama.adapt.reading import check_files
 from cnllama.adapt.settings import Settings
 from cnllama.adapt.tokenfile import Vocabulary, open_vocabulary
 from cnllama.adapt.train import FILES, RESULT, RUN, WHOLE, Job, train
-from cnllama.adapt.trainer import Collator
 from cnllama.container import read_json
 from cnllama.convert.merge import bias_settings
 from cnllama.convert.pack import make_plan
@@ -40,7 +42,7 @@ from cnllama.paths import exists, is_dir, read_bytes, real_path
 from cnllama.space import check_space
 from cnllama.stdio import say
 
-_IDENTITY = 2  # raised when the same options come to mean something else
+_IDENTITY = 3  # raised when the same options come to mean something else
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _MAX_TOKENIZER = 1 << 28
 _SMALL = 1 << 20  # bytes of all small files of a result
@@ -48,15 +50,11 @@ _SMALL = 1 << 20  # bytes of all small files of a result
 
 @dataclass(frozen=True)
 class Data:
-    """A stage's data: sets of data.py, and how their items become batches.
+    """A stage's data sets, how their items become batches, and what reading the files gave, in sentences."""
 
-    padded: batches have padding, which is not counted as tokens.
-    """
-
-    train: Any
-    held_out: Any | None
+    train: Items
+    held_out: Items | None
     collator: Collator
-    padded: bool
     report: list[str]
 
 
@@ -97,27 +95,28 @@ def run_stage(stage: Stage) -> dict[str, Any]:
     config, vocabulary = _open_model(stage)
     tokenizer = _read_tokenizer(stage)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = _dtype(stage, device)
-    plan = _plan(stage, config, device, dtype, main)
+    settings = stage.settings
+    precision = choose_precision(settings.dtype, settings.bf16, stage.trained.mode == "full", device)
+    plan = _plan(stage, config, device, precision, main)
     names = (*FILES, *WHOLE, *_TOKENIZER_FILES)
     owned = OwnedDirectory(stage.out, f"adapt {stage.label}", names=names, alone=stage.restart, scratch=SCRATCH_FILES)
     with owned if main else nullcontext() as own:
         if own is not None:
             _check_disk(stage, plan, 1, own)  # at least; how many steps there are is known when the data are
-        identity = _identity(stage, vocabulary, dtype)
+        identity = _identity(stage, vocabulary, precision)
         finished = None if stage.restart else _finished(stage, identity, own)
         if finished is not None:
             return finished
         data = stage.prepare_data(vocabulary)
         say(*(data.report if main else []))
-        steps = _count_steps(stage, data)
+        order = _order(stage, data)
         if own is not None:
-            _check_disk(stage, plan, steps[1], own)
+            _check_disk(stage, plan, order.steps, own)
             if stage.restart:
                 own.clear()
             discard_incomplete(own)
             write_json(stage.out / RUN, identity)
-        return train(Job(stage, data, vocabulary, config, device, dtype, steps, tokenizer, own))
+        return train(Job(stage, data, vocabulary, config, device, precision, order, tokenizer, own))
 
 
 def _check_places(stage: Stage) -> None:
@@ -143,17 +142,6 @@ def _open_model(stage: Stage) -> tuple[Any, Vocabulary]:
     return config, open_vocabulary(plan.vocabulary.tokenizer.file.parent, config.vocab_size)
 
 
-def _dtype(stage: Stage, device: str) -> torch.dtype:
-    name = stage.settings.dtype
-    if stage.trained.mode == "full":
-        if name not in ("auto", "float32"):
-            raise InputError(f"--dtype is {name}, but --full trains every weight in float32; use --bf16 for speed")
-        return torch.float32
-    if name == "auto":
-        return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
 def _read_tokenizer(stage: Stage) -> dict[str, bytes]:
     """The tokenizer files that the result gets: each from the last adapter that has it, else from the model."""
     found = {}
@@ -165,14 +153,14 @@ def _read_tokenizer(stage: Stage) -> dict[str, bytes]:
     return found
 
 
-def _plan(stage: Stage, config: Any, device: str, dtype: torch.dtype, main: bool) -> memory.MemoryPlan:
+def _plan(stage: Stage, config: Any, device: str, precision: Precision, main: bool) -> memory.MemoryPlan:
     """Prints the memory plan. Where an engine shards the model, it is only printed."""
     settings = stage.settings
     shape = memory.Shape(
         settings.batch_size,
         settings.block_size,
-        dtype.itemsize,
-        settings.bf16,
+        precision.frozen.itemsize,
+        precision.products != torch.float32,
         settings.gradient_checkpointing,
         settings.optimizer,
     )
@@ -189,17 +177,27 @@ def _plan(stage: Stage, config: Any, device: str, dtype: torch.dtype, main: bool
     return found
 
 
-def _count_steps(stage: Stage, data: Data) -> tuple[int, int]:
-    """(steps of an epoch, steps of the run). Raises InputError when there is not enough data for one."""
-    settings, devices = stage.settings, int(os.environ.get("WORLD_SIZE", "1"))
-    batches = len(data.train) // (settings.batch_size * devices)
-    if not batches:
+def divided(settings: Settings) -> Split:
+    """How the items of a step are divided among the processes of this run."""
+    return Split(settings.batch_size, settings.grad_accum, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _order(stage: Stage, data: Data) -> Order:
+    """Raises InputError where every step would have batches that nothing is left for."""
+    settings = stage.settings
+    if settings.grad_accum > data.train.count(0):
         raise InputError(
-            f"{', '.join(data.report[:1])}: {len(data.train):,} sequences, fewer than one batch of "
-            f"{settings.batch_size} on {devices} devices; give more data or a smaller --batch-size"
+            f"--grad-accum is {settings.grad_accum}, but an epoch of the data has {data.train.count(0):,} sequences; "
+            "give more data or a smaller --grad-accum"
         )
-    steps = math.ceil(batches / settings.grad_accum)
-    return steps, settings.max_steps or math.ceil(steps * settings.epochs)
+    return Order(
+        data.train,
+        divided(settings),
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        device=int(os.environ.get("RANK", "0")),
+        full_batches=settings.compile,
+    )
 
 
 def _check_disk(stage: Stage, plan: memory.MemoryPlan, steps: int, own: OwnedDirectory) -> None:
@@ -210,12 +208,15 @@ def _check_disk(stage: Stage, plan: memory.MemoryPlan, steps: int, own: OwnedDir
     check_space(stage.out / RESULT, needed - own.size(), "checkpoints and result")
 
 
-def _identity(stage: Stage, vocabulary: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
+def _identity(stage: Stage, vocabulary: Vocabulary, precision: Precision) -> dict[str, Any]:
     """What a run that goes on, or one that is finished, must share with the present one.
 
     The version of cnllama is no part of it: a finished result stays what it is.
     """
-    settings = stage.settings.identity() | {"dtype": str(dtype).removeprefix("torch.")}
+    settings = stage.settings.identity() | {
+        "dtype": str(precision.frozen).removeprefix("torch."),
+        "products": str(precision.products).removeprefix("torch."),
+    }
     engine = described([Path(stage.settings.deepspeed)]) if stage.settings.deepspeed else []
     data = described(source.path for source in stage.data)
     identity = {

@@ -10,11 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cnllama.adapt.batches import Order, Ordered, Split
 from cnllama.adapt.checkpoints import LEFT, MARK, Checkpoints, complete_checkpoints, drop, scratch_directory
-from cnllama.adapt.lora import CONFIG, WEIGHTS, check_saved, count_parameters, fold, load_adapter, prepare
+from cnllama.adapt.lora import (
+    CONFIG,
+    WEIGHTS,
+    MergedBase,
+    check_finite,
+    check_saved,
+    count_parameters,
+    load_adapter,
+    prepare,
+)
 from cnllama.adapt.plots import loss_curve, read_log
+from cnllama.adapt.precision import Precision
 from cnllama.adapt.progress import LOG, JsonLog, Progress, read_records
-from cnllama.adapt.trainer import BAD_BATCH, AdaptTrainer, LossSum, Ordered
+from cnllama.adapt.trainer import BAD_BATCH, AdaptTrainer, LossSum
 from cnllama.container import read_json
 from cnllama.convert.pack import make_plan
 from cnllama.errors import InputError
@@ -34,7 +45,7 @@ WHOLE = ("config.json", "generation_config.json", "model.safetensors", "model.sa
 
 @dataclass(frozen=True)
 class Job:
-    """A stage whose input has been checked. steps: of an epoch and of the run. tokenizer: name -> bytes, of the result.
+    """A stage whose input has been checked. order: of its steps. tokenizer: name -> bytes, of the result.
 
     own: its directory, None in processes that do not write.
     """
@@ -44,8 +55,8 @@ class Job:
     vocabulary: Vocabulary
     config: Any
     device: str
-    dtype: torch.dtype
-    steps: tuple[int, int]
+    precision: Precision
+    order: Order
     tokenizer: dict[str, bytes]
     own: OwnedDirectory | None
 
@@ -54,15 +65,17 @@ def train(job: Job) -> dict[str, Any]:
     """Trains, or goes on from the newest checkpoint; returns the result."""
     from transformers.trainer_callback import PrinterCallback
 
-    stage, settings, data = job.stage, job.stage.settings, job.data
+    stage, settings, data, order = job.stage, job.stage.settings, job.data, job.order
     if job.own is not None:
         job.own.make_scratch()
-    model = prepare(_load(stage, job.config, job.dtype), stage.trained)
+    base = MergedBase(stage.model, stage.adapters)
+    narrow = job.precision.frozen != torch.float32
+    model = _load(stage, job.config, job.precision.frozen, base)
+    model = prepare(model, stage.trained, base.values if narrow else None)
     found = complete_checkpoints(job.own or OwnedDirectory(stage.out, "").read())
     resume = found[-1] if found else None
     args = _arguments(job, resume is not None)
-    of_epoch, total = job.steps
-    args.logging_steps = min(settings.log_every, total)
+    args.logging_steps = min(settings.log_every, order.steps)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()
     log = JsonLog(stage.out, job.own)
@@ -70,9 +83,13 @@ def train(job: Job) -> dict[str, Any]:
         model=model,
         args=args,
         train_dataset=Ordered(data.train),
-        eval_dataset=None if data.held_out is None else Ordered(data.held_out),
+        eval_dataset=data.held_out,
         data_collator=data.collator,
+        order=order,
+        held_out=_held_out(job),
+        precision=job.precision,
         trained=stage.trained,
+        values=base.values,
         base=stage.model.name,
         describe=job.vocabulary.tokenizer.decode,
         warmup=settings.warmup,
@@ -82,29 +99,35 @@ def train(job: Job) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(log)
     trainer.add_callback(Progress(stage.label))
-    items = settings.batch_size * settings.grad_accum * args.world_size
     trainer.add_callback(
         Checkpoints(
             job.own,
             keep=settings.keep,
-            items=items,
-            steps=of_epoch,
+            order=order,
             check=lambda directory: _check(stage, directory, model),
             more=lambda: {"loss": asdict(trainer.loss_sum)},
         )
     )
-    if resume is not None and _step(resume) >= total:
+    if resume is not None and _step(resume) >= order.steps:
         _restore(stage, trainer, log, resume)
     else:
         if resume is not None:
             trainer.carry(_loss_sum(resume))
             if args.should_save:
-                say(f"{stage.label}: going on from step {_step(resume)} of {total}")
+                say(f"{stage.label}: going on from step {_step(resume)} of {order.steps}")
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return _finish(job, trainer, log)
 
 
-def _load(stage: Stage, config: Any, dtype: torch.dtype) -> Any:
+def _held_out(job: Job) -> tuple[Ordered, Order] | None:
+    """The held-out data, and this device's batches of it."""
+    if job.data.held_out is None:
+        return None
+    split = Split(job.stage.settings.batch_size, devices=job.order.split.devices)
+    return Ordered(job.data.held_out), Order(job.data.held_out, split, device=job.order.device)
+
+
+def _load(stage: Stage, config: Any, dtype: torch.dtype, base: MergedBase) -> Any:
     from transformers import LlamaForCausalLM, set_seed
 
     set_seed(stage.settings.seed)
@@ -113,7 +136,7 @@ def _load(stage: Stage, config: Any, dtype: torch.dtype) -> Any:
         config.vocab_size = read_rows(stage.model)
     model = LlamaForCausalLM.from_pretrained(stage.model, config=config, dtype=dtype)
     if stage.adapters:
-        fold(model, stage.model, stage.adapters)
+        base.fold(model)
         assert model.get_input_embeddings().weight.shape[0] == rows
     return model
 
@@ -129,13 +152,12 @@ def _arguments(job: Job, resume: bool) -> Any:
     s, data, device = job.stage.settings, job.data, job.device
     evaluates = data.held_out is not None
     optimizer = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_8bit"}[s.optimizer]
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(scratch_directory(job.stage.out)),
         per_device_train_batch_size=s.batch_size,
         per_device_eval_batch_size=s.batch_size,
         gradient_accumulation_steps=s.grad_accum,
-        num_train_epochs=s.epochs,
-        max_steps=s.max_steps or -1,
+        max_steps=job.order.steps,
         learning_rate=s.lr,
         weight_decay=s.weight_decay,
         adam_beta2=s.beta2,
@@ -143,21 +165,20 @@ def _arguments(job: Job, resume: bool) -> Any:
         optim=optimizer,
         seed=s.seed,
         data_seed=s.seed,
-        bf16=s.bf16,
+        bf16=job.precision.products == torch.bfloat16,
+        fp16=job.precision.products == torch.float16,
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and "RANK" in os.environ else None,
         torch_compile=s.compile,
         deepspeed=s.deepspeed,
         logging_steps=s.log_every,
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding" if data.padded else "all",
         save_strategy="steps" if s.save_every else "no",
         save_steps=s.save_every or 500,
         eval_strategy="steps" if evaluates and s.eval_every else "no",
         eval_steps=s.eval_every or None,
         eval_on_start=evaluates and not resume,
         prediction_loss_only=True,
-        dataloader_drop_last=True,
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -168,6 +189,8 @@ def _arguments(job: Job, resume: bool) -> Any:
             else {}
         ),
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # more of them are torchrun's: no DataParallel inside a process
+    return arguments
 
 
 def _step(checkpoint: Path) -> int:
@@ -200,8 +223,10 @@ def _restore(stage: Stage, trainer: Any, log: JsonLog, checkpoint: Path) -> None
 
 
 def _check(stage: Stage, directory: Path, model: Any) -> None:
-    """What was saved is what was trained: of a whole checkpoint, transformers' own reader is the judge."""
-    if stage.trained.mode != "full" and exists(directory / WEIGHTS):
+    """What was saved is what was trained; of a whole checkpoint, that it has no value that is not finite."""
+    if stage.trained.mode == "full":
+        check_finite(directory)
+    elif exists(directory / WEIGHTS):
         check_saved(directory, model)
 
 

@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' Trainer with our data order, our adapter files and a stop at the first loss that is not a number."""
+"""transformers' Trainer with our steps, losses and adapter files, and a stop at the first loss that is no number."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from accelerate.utils import DistributedType
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from cnllama.adapt.lora import WEIGHTS, Trained, adapter_config, adapter_tensors, load_adapter, save_adapter
+from cnllama.adapt.batches import NONE, Batch, Order, Ordered
+from cnllama.adapt.datasets import IGNORED
+from cnllama.adapt.lora import WEIGHTS, Trained, Values, adapter_config, adapter_tensors, load_adapter, save_adapter
+from cnllama.adapt.precision import Precision
 from cnllama.adapt.schedule import rate, warmup_steps
 from cnllama.errors import CnllamaError
 from cnllama.files import write_file
 from cnllama.paths import exists
 
-Batch = dict[str, Any]
 BAD_BATCH = "bad_batch.json"
 _SHOWN_IDS = 64
 
@@ -33,49 +37,38 @@ class LossSum:
     last_logged: int
 
 
-class Ordered(Dataset[Batch]):
-    """A data set of data.py whose items know their index; the trainer's epochs choose its order."""
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Losses of the tokens that follow, float32 [batch * length], 0 where labels are IGNORED.
 
-    def __init__(self, data: Any) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {**self._data[index], "index": index}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Reshuffles, once for an epoch."""
-        if self._data.epoch != epoch:
-            self._data.set_epoch(epoch)
+    logits: [batch, length, rows] of any float type; labels: int64 [batch, length], not shifted.
+    """
+    following = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
+    return torch.nn.functional.cross_entropy(
+        logits.view(-1, logits.shape[-1]).float(), following, ignore_index=IGNORED, reduction="none"
+    )
 
 
-class Collator:
-    """Items to a batch, with their indices; `pad` makes the batch of items of different lengths."""
-
-    def __init__(self, pad: Callable[[Sequence[Mapping[str, Any]]], Batch] | None = None) -> None:
-        self._pad = pad
-
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
-        """int64 tensors [batch, length]; index int64 [batch]."""
-        index = torch.tensor([item["index"] for item in items])
-        if self._pad is not None:
-            return {**self._pad(items), "index": index}
-        names = [name for name in items[0] if name != "index"]
-        return {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in names} | {"index": index}
+def _learned(labels: torch.Tensor) -> int:
+    return int((labels[:, 1:] != IGNORED).sum())
 
 
 class AdaptTrainer(Trainer):
-    """trained: what is saved; describe: ids -> their text, for the report of a bad batch, which goes into `out`.
+    """The loss of a step is that of its mean token, whatever batches and devices it is divided among.
 
-    warmup, schedule: see schedule.py. out: the result's directory, None in processes that do not write there.
+    order: of the training data. held_out: None, or the batches of this device. precision: of both. trained: what is
+    saved, rows that did not train as `values` has them. describe: ids -> their text, for the report of a bad batch,
+    which goes into `out`: the result's directory, None in processes that do not write there. warmup, schedule: see
+    schedule.py.
     """
 
     def __init__(
         self,
         *args: Any,
+        order: Order,
+        held_out: tuple[Ordered, Order] | None,
+        precision: Precision,
         trained: Trained,
+        values: Values,
         base: str,
         describe: Callable[[list[int]], str],
         warmup: float,
@@ -84,15 +77,18 @@ class AdaptTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self._trained, self._base, self._describe = trained, base, describe
+        self._order, self._held_out, self._precision = order, held_out, precision
+        self._trained, self._values, self._base, self._describe = trained, values, base, describe
         self._warmup, self._schedule, self._out = warmup, schedule, out
-        self._index: list[int] = []
-        self._carried: LossSum | None = None
+        self._sum = torch.zeros(1, device=self.args.device)
+        self._last_logged = 0
         self.loss_sum = LossSum([0.0], 0)
 
     def carry(self, loss: LossSum) -> None:
         """Begins with what a stopped run had not logged yet, so that the log is that of a run that never stopped."""
-        self._carried = loss
+        rank = self.args.process_index
+        self._sum += loss.sums[rank] if rank < len(loss.sums) else 0.0
+        self._last_logged = loss.last_logged
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of schedule.py; every step has a rate."""
@@ -106,46 +102,97 @@ class AdaptTrainer(Trainer):
             self._created_lr_scheduler = True
         return scheduler
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """The data set is shuffled already, so that (epoch, index) is a position to come back to."""
-        return SequentialSampler(self.train_dataset)
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """All batches of this device, from the first step to the last: for the Trainer, one epoch."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self._order,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator().manual_seed(self.args.seed),  # else it draws from that of dropout
+        )
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the last batch: a held-out set may be smaller than one."""
-        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(*args, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor]:
+        """The batches of a step on this device, and how many tokens the step learns on all of them."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        here = [sum(_learned(batch["labels"]) for batch in batches), sum(int(batch["tokens"]) for batch in batches)]
+        learned, seen = self.accelerator.reduce(torch.tensor(here, device=device), "sum")
+        self.state.num_input_tokens_seen += int(seen)
+        return batches, learned
 
-    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, without the indices, which are no input of the model."""
-        index = inputs.pop("index", None)
-        self._index = [] if index is None else index.tolist()
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def training_step(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: Any, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """One batch forwards and backwards. Raises CnllamaError for a loss that is not finite, naming the batch."""
-        if self._carried is not None:
-            rank = self.args.process_index
-            self._tr_loss += self._carried.sums[rank] if rank < len(self._carried.sums) else 0.0
-            self._globalstep_last_logged = self._carried.last_logged
-            self._carried = None
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        model.train()
+        losses = self._losses(model, inputs)
+        # gradients and logged losses are averaged over the devices
+        loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
         if not torch.isfinite(loss):
             self._refuse_batch(float(loss), inputs)
-        return loss
+        engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if engine else {}))
+        self._sum += loss.detach()
+        return loss.detach()
+
+    def _losses(self, model: Any, batch: Batch) -> torch.Tensor:
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name not in ("keys", "tokens")})
+        labels = inputs.pop("labels")
+        return token_losses(model(**inputs).logits, labels)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The held-out loss: the sum of all losses over the number of tokens that have one, over all devices.
+
+        Neither the weights nor the state of any random numbers change.
+        """
+        assert self._held_out is not None
+        data, order = self._held_out
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad(), self._precision.autocast(self.args.device.type):
+            for keys in order:
+                batch = self.data_collator([data[key] for key in keys])
+                losses = self._losses(model, batch)
+                total += torch.stack((losses.double().sum(), total.new_tensor(_learned(batch["labels"]))))
+        model.train(training)
+        loss, count = self.accelerator.reduce(total, "sum").tolist()
+        if not math.isfinite(loss):
+            raise CnllamaError(
+                f"the held-out loss is {loss} after {self.state.global_step} steps, expected a finite number; lower "
+                "--lr, or begin from a sound model"
+            )
+        metrics = {"eval_loss": loss / count}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # none of ours changes control
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with our epochs, of which it knows none, and our losses, which a run that goes on begins with."""
+        step = self.state.global_step
+        epoch, done, steps = self._order.position(step)
+        self.state.epoch = epoch + done / steps
+        if "loss" in logs:
+            logs["loss"] = float(self.accelerator.gather(self._sum).mean()) / (step - self._last_logged)
+            self._sum.zero_()
+            self._last_logged = step
+        super().log(logs, start_time)
 
     def _refuse_batch(self, loss: float, inputs: Batch) -> None:
         ids = inputs["input_ids"].tolist()
-        epoch, step = int(self.state.epoch or 0), self.state.global_step + 1
-        record = {"step": step, "epoch": epoch, "loss": str(loss), "items": self._index, "input_ids": ids}
+        keys = [key for key in inputs["keys"].tolist() if key[1] != NONE]
+        epoch, step = keys[0][0] if keys else 0, self.state.global_step + 1
+        indices = [index for _, index in keys]
+        record = {"step": step, "epoch": epoch, "loss": str(loss), "items": indices, "input_ids": ids}
         file = Path(self.args.output_dir) / f"bad_batch-{self.args.process_index}.json"
         if self._out is not None:
             file = self._out / BAD_BATCH
         write_file(file, json.dumps(record).encode() + b"\n")
         text = self._describe(ids[0][:_SHOWN_IDS])
-        items = ", ".join(map(str, self._index[:8])) + (", ..." if len(self._index) > 8 else "")
+        items = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
         raise CnllamaError(
             f"the loss is {loss} at step {step}, expected a finite number; the batch is items {items} of epoch "
             f"{epoch}, the first begins {text!r:.60} (all of it is in {file}); lower --lr, or begin from a sound model"
@@ -154,8 +201,7 @@ class AdaptTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, and then the processes meet: what comes after it moves what all of them have written."""
         super()._save_checkpoint(*args, **kwargs)
-        sums = self.accelerator.gather(self._tr_loss.reshape(1))
-        self.loss_sum = LossSum(sums.tolist(), self._globalstep_last_logged)
+        self.loss_sum = LossSum(self.accelerator.gather(self._sum).tolist(), self._last_logged)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -163,7 +209,8 @@ class AdaptTrainer(Trainer):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
-            save_adapter(directory, adapter_tensors(self.model, state_dict), adapter_config(self._trained, self._base))
+            tensors = adapter_tensors(self.model, state_dict, self._values)
+            save_adapter(directory, tensors, adapter_config(self._trained, self._base))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         directory = Path(resume_from_checkpoint)
