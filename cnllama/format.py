@@ -18,7 +18,7 @@ import numpy as np
 from cnllama import _core
 from cnllama.added_tokens import FLAGS, MAX_LENGTH
 from cnllama.config import check_config, expected_tensors
-from cnllama.container import Bytes, Entry, SafetensorsFile, TensorWriter, is_count, parse_json, round_up
+from cnllama.container import Bytes, Entry, SafetensorsFile, TensorWriter, is_count, is_number, parse_json, round_up
 from cnllama.errors import CnllamaError
 from cnllama.sampling import read_defaults
 
@@ -281,7 +281,7 @@ class CnlFile:
         for name, statistics in tensors.items():
             if not isinstance(statistics, dict) or not {"rms", "mean", "absmax"} <= set(statistics):
                 self.refuse(f"the fingerprint of {name!r} lacks rms, mean or absmax", mend)
-            if not all(isinstance(v, (int, float)) and abs(v) < 1e38 for v in statistics.values()):
+            if not all(is_number(v) for v in statistics.values()):
                 self.refuse(f"the fingerprint of {name!r} holds something that is no number", mend)
 
 
