@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe's TOML, checked as far as it can be without running it, and the tasks and command lines that come of it.
+"""A recipe, checked as far as it can be without running it, and the tasks and command lines that come of it.
 
 The file may be a stranger's: every value of it may be of any type.
 """
@@ -17,11 +17,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from cnllama.adapt.recipe_toml import is_scalar, read_toml
 from cnllama.adapt.script_files import script_files
 from cnllama.arguments import ListAction
 from cnllama.errors import InputError
 from cnllama.ownership import RECORD
-from cnllama.paths import check_name, exists, read_bytes
+from cnllama.paths import check_name, exists
 
 MARK = "stage.json"
 SCRIPT = "script"
@@ -31,10 +32,7 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z0-9_.-]+)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _OWN_KEYS = ("name", "do", "output", "file")
 _PLAIN = re.compile(r"[A-Za-z0-9._+-]{1,40}")  # values that stand in a directory's name as they are
-_MAX_BYTES, _MAX_DEPTH = 1 << 18, 20
-# What of TOML may hold dots without being a key, in the order in which it is recognized.
-_NO_KEY = re.compile(r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*''', re.DOTALL)
-_MAX_STAGES, _MAX_OPTIONS = 200, 200
+_MAX_OPTIONS = 200
 _MAX_TASKS, _MAX_COMBINATIONS = 400, 100_000
 _MAX_TEXT = 1 << 17  # characters of a value with what its variables stand for; a command line has room for no more
 # Options that name what a command writes, not what it reads.
@@ -90,7 +88,7 @@ class Task:
 
 def read_recipe(path: Path, data: Path | None, changes: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe. Raises InputError naming the stage and the key."""
-    content = _read_toml(path)
+    content = read_toml(path)
     variables = {name: _text(value) for name, value in content["variables"].items()}
     for change in changes:
         name, equals, value = change.partition("=")
@@ -110,63 +108,6 @@ def read_recipe(path: Path, data: Path | None, changes: Sequence[str] = ()) -> R
     for number, table in enumerate(content["stage"], 1):
         stages.append(_read_stage(path, table, number, {stage.name for stage in stages}, variables))
     return Recipe(path, variables, stages)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        try:
-            tomllib = importlib.import_module("tomli")
-        except ModuleNotFoundError:
-            raise InputError("recipes need tomli on this Python; run: pip install 'cnllama[adapt]'") from None
-    try:
-        text = read_bytes(path, _MAX_BYTES).decode("utf-8")
-        # The time that tomllib takes for a dotted key grows with the square of its parts.
-        if any(words.count(".") > _MAX_DEPTH for words in re.split(r"[\n=,\[\]{}]", _NO_KEY.sub("", text))):
-            raise ValueError(f"a key has more than {_MAX_DEPTH} parts")
-        content: dict[str, Any] = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not valid TOML ({error!s:.200})") from None
-    _check_values(path, content)
-    unknown = set(content) - {"variables", "stage", "description"}
-    if unknown:
-        raise InputError(f"{path}: has {min(unknown)!r:.60}, expected only description, [variables] and [[stage]]")
-    variables, stages = content.get("variables", {}), content.get("stage", [])
-    if not isinstance(variables, dict):
-        raise InputError(f"{path}: variables is {variables!r:.60}, expected a table, [variables]")
-    for name, value in variables.items():
-        if not _is_scalar(value):
-            raise InputError(
-                f"{path}: the variable {name!r:.60} is {value!r:.60}, expected text, a number or a boolean"
-            )
-    if isinstance(stages, dict):
-        raise InputError(f"{path}: has [stage], expected [[stage]]: double brackets, once for each stage")
-    if not isinstance(stages, list) or not all(isinstance(table, dict) for table in stages):
-        raise InputError(f"{path}: stage is {stages!r:.60}, expected tables, each under [[stage]]")
-    if not stages:
-        raise InputError(f"{path}: has no [[stage]], expected at least one")
-    if len(stages) > _MAX_STAGES:
-        raise InputError(f"{path}: has {len(stages):,} [[stage]], expected at most {_MAX_STAGES}")
-    return {"variables": variables, "stage": stages}
-
-
-def _check_values(path: Path, value: object, depth: int = 0) -> None:
-    """Raises InputError for an integer that TOML does not have, which Python may not print, and for endless nesting."""
-    if depth > _MAX_DEPTH:
-        raise InputError(f"{path}: is nested more than {_MAX_DEPTH} deep, expected [variables] and [[stage]]")
-    if isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_values(path, item, depth + 1)
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise InputError(f"{path}: holds an integer of {value.bit_length():,} bits, expected at most 64 with its sign")
-
-
-def _is_scalar(value: object) -> bool:
-    """Text, a boolean or a finite number."""
-    if isinstance(value, str):
-        return "\0" not in value
-    return isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _text(value: object) -> str:
@@ -189,12 +130,12 @@ def _read_stage(
         raise InputError(f"{where}: has {len(options):,} options, expected at most {_MAX_OPTIONS}")
     for key, value in options.items():
         items = value if isinstance(value, list) else [value]
-        if not items or not all(map(_is_scalar, items)):
+        if not items or not all(map(is_scalar, items)):
             raise InputError(
                 f"{where}: {key!r:.60} is {value!r:.60}, expected text, a number, a boolean or a list of these"
             )
     stage = Stage(name, do, options, _own_name(where, table, do), table.get("file"))
-    if do == SCRIPT and not (stage.file and isinstance(stage.file, str) and _is_scalar(stage.file)):
+    if do == SCRIPT and not (stage.file and isinstance(stage.file, str) and is_scalar(stage.file)):
         raise InputError(f"{where}: a script has no file, expected the name of a Python file")
     for reference in _references([*stage.options.values(), stage.file]):
         if reference not in before and reference not in variables:
