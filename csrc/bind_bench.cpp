@@ -118,7 +118,7 @@ class MatmulBench {
             if (team.index() == 0) start = now();
             team.barrier();
             team.parallel_for(lines, 4096, [&](std::int64_t begin, std::int64_t end) {
-                sum += cpu::kernels().read_lines(w.data + begin * 64, end - begin);
+                sum += cpu::kernels().read_lines(w.data + begin * 64, end - begin, cpu::stream_ahead(1));
             });
         });
         return now() - start;
@@ -221,7 +221,7 @@ class AttentionBench {
                 for (std::int64_t i = begin; i < end; ++i) {
                     const auto page = static_cast<std::int32_t>(i / layout_.kv_heads);
                     const auto head = static_cast<int>(i % layout_.kv_heads);
-                    sum += cpu::kernels().read_lines(cache_.slab(page, copy, head), slab / 64);
+                    sum += cpu::kernels().read_lines(cache_.slab(page, copy, head), slab / 64, cpu::stream_ahead(1));
                 }
             });
         });

@@ -182,7 +182,7 @@ py::tuple cnl::bind::activation_rows(const ActivationData& d) {
     py::array_t<float> scales({d.m, spans});
     py::array_t<std::int32_t> sums32({d.m, padded / 32}), sums64({d.m, padded / 64});
     const Tiles tiles(d.m);
-    const auto whole = [](std::int32_t pair) { return static_cast<std::int16_t>(pair & 0xffff) + (pair >> 16); };
+    const auto whole = cpu::kernels().whole_sum;
     for (std::int64_t i = 0; i < d.m; ++i) {
         const std::int64_t tile = tiles.of(i), begin = tiles.begin(tile), size = tiles.size(tile), slot = i - begin;
         for (std::int64_t k = 0; k < padded; ++k)

@@ -10,29 +10,20 @@
 #include <new>
 #include <vector>
 
-#include "../threads.hpp"
+#include "cpu_info.hpp"
 
 namespace cnl::cpu {
 
-namespace {
-
-// Asks for every line 8 KiB ahead, as the matmul kernels do: left to the hardware alone, a loop reads a third less.
-constexpr std::int64_t kAhead = 8192 / 8;
-
-// Four independent sums keep enough loads in flight.
-std::uint64_t sum_words(const std::uint64_t* words, std::int64_t count) {
-    std::uint64_t a = 0, b = 0, c = 0, d = 0;
-    for (std::int64_t i = 0; i + 8 <= count; i += 8) {
-        __builtin_prefetch(words + i + kAhead);
-        a += words[i] + words[i + 1];
-        b += words[i + 2] + words[i + 3];
-        c += words[i + 4] + words[i + 5];
-        d += words[i + 6] + words[i + 7];
-    }
-    return a + b + c + d;
+double read_once(ThreadPool& pool, const std::uint8_t* data, std::int64_t bytes) {
+    const std::int64_t lines = bytes / 64;
+    std::atomic<std::uint64_t> sink{0};
+    const auto start = std::chrono::steady_clock::now();
+    pool.run([&](Team& team) {
+        const std::int64_t begin = lines * team.index() / team.size(), end = lines * (team.index() + 1) / team.size();
+        sink += kernels().read_lines(data + begin * 64, end - begin, stream_ahead(1));
+    });
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
-
-}  // namespace
 
 double read_bandwidth(int threads, std::int64_t bytes, int rounds) {
     ThreadPool pool(threads);
@@ -44,19 +35,9 @@ double read_bandwidth(int threads, std::int64_t bytes, int rounds) {
 #endif
     std::memset(memory, 1, static_cast<std::size_t>(bytes));
 
-    const std::int64_t words = bytes / 8;
-    const auto* data = static_cast<const std::uint64_t*>(memory);
-    std::atomic<std::uint64_t> sink{0};
     std::vector<double> seconds;
-    for (int round = 0; round < rounds; ++round) {
-        const auto start = std::chrono::steady_clock::now();
-        pool.run([&](Team& team) {
-            const std::int64_t begin = words * team.index() / team.size(),
-                               end = words * (team.index() + 1) / team.size();
-            sink += sum_words(data + begin, end - begin);
-        });
-        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
+    for (int round = 0; round < rounds; ++round)
+        seconds.push_back(read_once(pool, static_cast<const std::uint8_t*>(memory), bytes));
     munmap(memory, static_cast<std::size_t>(bytes));
     std::nth_element(seconds.begin(), seconds.begin() + rounds / 2, seconds.end());
     return double(bytes) / seconds[static_cast<std::size_t>(rounds / 2)];

@@ -50,6 +50,13 @@ void detect(std::vector<const Kernels*>& found) {
     if (avx512 && (saved_state() & 0xe0) == 0xe0) found.push_back(&kAvx512Kernels);
 }
 
+/// Zen 3 and Zen 4.
+bool amd_family_19h() {
+    std::uint32_t a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || c != 0x444d4163) return false;  // AuthenticAMD
+    return __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 0xf) == 0xf && (a >> 20 & 0xff) == 0x0a;
+}
+
 std::string brand() {
     std::uint32_t words[12] = {};
     for (std::uint32_t i = 0; i < 3; ++i)
@@ -246,6 +253,16 @@ CpuInfo cpu_info() {
 }
 
 int default_threads() { return cpu_info().default_threads; }
+
+std::int64_t stream_ahead([[maybe_unused]] std::int64_t tokens) {
+#if defined(__x86_64__)
+    // Zen 4: what is asked for has its place in the first cache until it comes, and there are few such places. Zen 5
+    // wants it twice as far (docs/performance.md).
+    static const bool near = amd_family_19h();
+    if (near) return tokens < 3 ? 5120 : 3072;
+#endif
+    return 8192;
+}
 
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;

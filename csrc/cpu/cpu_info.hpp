@@ -29,6 +29,9 @@ int default_threads();
 /// path: tests give a directory that holds proc/self/cgroup, proc/self/mountinfo and the mounted hierarchies.
 std::optional<double> cgroup_quota(const std::string& root = "");
 
+/// How many bytes ahead a kernel that streams weights for so many tokens asks for them on this machine.
+std::int64_t stream_ahead(std::int64_t tokens);
+
 /// Names this machine can run, slowest first.
 std::vector<std::string> supported_isas();
 

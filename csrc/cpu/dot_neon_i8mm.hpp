@@ -82,7 +82,7 @@ inline __attribute__((always_inline)) void smmla_block(const std::uint8_t* block
 }
 
 /// As sdot_tokens, for 2 .. 6 tokens: up to 24 registers of sums.
-template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int T, int M>
 inline __attribute__((always_inline)) void smmla_tokens(const std::uint8_t* w, const std::int8_t* a,
                                                         const std::int32_t* sums, i32x16* acc) {
     static_assert(T >= 2 && T <= 6);
@@ -98,7 +98,6 @@ inline __attribute__((always_inline)) void smmla_tokens(const std::uint8_t* w, c
 #pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b) {
         const std::uint8_t* block = w + b * 64 * kBits;
-        if constexpr (kPrefetch) prefetch_block<kBits>(block);
         smmla_block<kBits, T>(block, a + b * M * 32, sum);
     }
 #pragma GCC unroll 3
@@ -111,16 +110,15 @@ inline __attribute__((always_inline)) void smmla_tokens(const std::uint8_t* w, c
     }
 }
 
-template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int T, int M>
 inline __attribute__((always_inline)) void dot_tokens(const std::uint8_t* w, const std::int8_t* a,
                                                       const std::int32_t* sums, i32x16* acc) {
     constexpr int kNow = tokens_now(T);
     if constexpr (kNow == 1)
-        sdot_tokens<kBits, kBlocks, kAsym, kNow, M, kPrefetch>(w, a, sums, acc);
+        sdot_tokens<kBits, kBlocks, kAsym, kNow, M>(w, a, sums, acc);
     else
-        smmla_tokens<kBits, kBlocks, kAsym, kNow, M, kPrefetch>(w, a, sums, acc);
-    if constexpr (T > kNow)
-        dot_tokens<kBits, kBlocks, kAsym, T - kNow, M, false>(w, a + kNow * 32, sums + kNow, acc + kNow);
+        smmla_tokens<kBits, kBlocks, kAsym, kNow, M>(w, a, sums, acc);
+    if constexpr (T > kNow) dot_tokens<kBits, kBlocks, kAsym, T - kNow, M>(w, a + kNow * 32, sums + kNow, acc + kNow);
 }
 
 inline std::int64_t int8_peak(std::int64_t iterations) {

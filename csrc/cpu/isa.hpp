@@ -13,14 +13,13 @@
 
 namespace cnl::cpu {
 
-inline constexpr int kLanes = 16;            // rows of a panel, floats of a vector
-inline constexpr int kTileTokens = 6;        // tokens a matmul kernel holds in registers beside two panels
-inline constexpr int kStreamTokens = 12;     // and beside one
-inline constexpr int kPairRows = 32;         // rows of two panels: the unit of work of a matmul
-inline constexpr int kSpan = 256;            // columns that share an activation scale: a superblock of the weights
-inline constexpr int kChunkKeys = 256;       // keys of one attention chunk
-inline constexpr int kPageKeys = 64;         // positions of a cache page
-inline constexpr int kPrefetchBytes = 8192;  // how far ahead kernels that stream weights ask for them
+inline constexpr int kLanes = 16;         // rows of a panel, floats of a vector
+inline constexpr int kTileTokens = 6;     // tokens a matmul kernel holds in registers beside two panels
+inline constexpr int kStreamTokens = 12;  // and beside one
+inline constexpr int kPairRows = 32;      // rows of two panels: the unit of work of a matmul
+inline constexpr int kSpan = 256;         // columns that share an activation scale: a superblock of the weights
+inline constexpr int kChunkKeys = 256;    // keys of one attention chunk
+inline constexpr int kPageKeys = 64;      // positions of a cache page
 
 /// What the matmul kernels multiply: the schemes of layout.hpp with 4 and 8 bits, and shapes of 8 bits to which the
 /// others are expanded (ExpandSuperblock). A byte of 8 bits is the value + 128 even where a min is beside; no file has
@@ -40,13 +39,14 @@ struct MatmulTile {
     std::int64_t panel_bytes;     // from there to the same superblock of the second panel
     std::int64_t cols;            // of the range, a multiple of 64 or of the group; only the last superblock is short
     const std::int8_t* values;    // [cols / 32][tokens][32]
-    const std::int32_t* sums;     // [cols / 32 or 64][tokens]: two int16, see QuantizeSpan
+    const std::int32_t* sums;     // [cols / 32 or 64][tokens]: see QuantizeSpan
     const float* whole64;         // [cols / 64][tokens]: whole sums, for the mins of asymmetric weights
     const float* scales;          // [superblocks][tokens]
     float* c;                     // [tokens][kPairRows]
+    std::int64_t weights_ahead;   // bytes from a line that is read to the one that is asked for
     // Pairs only. What the next call reads is asked for beside the arithmetic of this one: lines ask_begin .. ask_end
-    // of every group this many bytes from the present one, and all activations.
-    std::int64_t weights_ahead, values_ahead;
+    // of every group, and all activations this far from the present ones.
+    std::int64_t values_ahead;
     int ask_begin, ask_end;
 };
 
@@ -61,6 +61,7 @@ struct ExpandSuperblock {
     int from_groups, to_groups;  // scales of a row
     int repeat;                  // how often each scale is written
     bool asymmetric;
+    std::int64_t ahead;  // bytes from a line that is read to the one that is asked for
 };
 
 /// One token's 256 columns (or the last, shorter ones): x -> int8. `tokens` is the stride of the tile's arrays.
@@ -71,8 +72,8 @@ struct QuantizeSpan {
     int cols;  // 1 .. 256
     int tokens;
     std::int8_t* values;  // [8][tokens][32]; columns up to a multiple of 64 are written
-    // Sums of 32 and of 64 columns: low half over columns k with k % 4 in {0, 1}, high half over the others. That is
-    // the form in which int16 kernels start; one multiply-add of pairs turns it into the whole sum for the others.
+    // Sums of 32 and of 64 columns, as this table's products of symmetric weights start with them (block_sum in
+    // vec_*.hpp).
     std::int32_t* sums32;  // [8][tokens]
     std::int32_t* sums64;  // [4][tokens]
     float* whole64;        // [4][tokens]: sums over 64 columns
@@ -124,6 +125,8 @@ struct Kernels {
     /// 1 / sqrt(mean(x^2) + eps)
     float (*rms_factor)(const float* x, std::int64_t cols, float eps);
     void (*quantize_span)(const QuantizeSpan&);
+    /// The sum that sums32 or sums64 stands for.
+    std::int32_t (*whole_sum)(std::int32_t sum);
     /// out = silu(gate) * up; n a multiple of 16
     void (*swiglu)(const float* gate, const float* up, float* out, std::int64_t n);
     /// out = exp(x); n a multiple of 16. Tests only; the ops use it inline.
@@ -143,8 +146,9 @@ struct Kernels {
     std::int64_t (*int8_peak)(std::int64_t iterations);
     /// The same for its float multiply-add.
     std::int64_t (*float_peak)(std::int64_t iterations);
-    /// Benchmark: reads an even number of aligned 64-byte lines; a sum of them, so that the reading is not for nothing.
-    std::uint64_t (*read_lines)(const std::uint8_t* lines, std::int64_t count);
+    /// Benchmark: reads an even number of aligned 64-byte lines, asking for each `ahead` bytes before it is read; a sum
+    /// of them, so that the reading is not for nothing.
+    std::uint64_t (*read_lines)(const std::uint8_t* lines, std::int64_t count, std::int64_t ahead);
 };
 
 extern const Kernels kScalarKernels;

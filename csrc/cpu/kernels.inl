@@ -19,18 +19,18 @@ struct Up<0, kEach...> {
     using To = Numbers<kEach...>;
 };
 
-inline std::uint64_t read_lines(const std::uint8_t* lines, std::int64_t count) {
-    typedef std::uint64_t Words __attribute__((vector_size(32), may_alias));
-    const Words* p = reinterpret_cast<const Words*>(lines);
-    Words a{}, b{}, c{}, d{};
-    for (std::int64_t i = 0; i + 2 <= count; i += 2, p += 4) {
-        a += p[0];
-        b += p[1];
-        c += p[2];
-        d += p[3];
+/// As a matmul of one token reads: whole vectors, every line asked for as far ahead.
+inline std::uint64_t read_lines(const std::uint8_t* lines, std::int64_t count, std::int64_t ahead) {
+    typedef std::uint64_t Words __attribute__((vector_size(64), may_alias));
+    Words a{}, b{};
+    for (std::int64_t i = 0; i + 2 <= count; i += 2, lines += 128) {
+        prefetch(lines + ahead);
+        prefetch(lines + ahead + 64);
+        a += reinterpret_cast<const Words*>(lines)[0];
+        b += reinterpret_cast<const Words*>(lines)[1];
     }
-    a += b + c + d;
-    return a[0] + a[1] + a[2] + a[3];
+    a += b;
+    return a[0] + a[1] + a[2] + a[3] + a[4] + a[5] + a[6] + a[7];
 }
 
 template <int kShape, int... kFew, int... kSome>
@@ -50,9 +50,9 @@ constexpr void add_shapes(Kernels& table, Numbers<kShape...>) {
 
 constexpr Kernels make_table(const char* name) {
     Kernels table = {
-        name,      {},         {},        expand,          rms_factor,      quantize_span,    swiglu,
-        exp_row,   rope,       kv_store,  attention_chunk, attention_merge, attention_finish, quantize_group,
-        int8_peak, float_peak, read_lines};
+        name,           {},        {},         expand,    rms_factor,      quantize_span,   whole_sum,
+        swiglu,         exp_row,   rope,       kv_store,  attention_chunk, attention_merge, attention_finish,
+        quantize_group, int8_peak, float_peak, read_lines};
     add_shapes(table, Up<kShapeCount>::To());
     return table;
 }

@@ -8,11 +8,10 @@
 typedef std::uint32_t ExpandLine __attribute__((vector_size(64), may_alias));
 
 template <int kLow, int kHigh>
-inline void expand_block(const ExpandLine* in, ExpandLine* out, std::uint32_t offset) {
+inline void expand_block(const ExpandLine* in, ExpandLine* out, std::uint32_t offset, std::int64_t ahead) {
     constexpr std::uint32_t kLowMask = 0x01010101u * ((1u << kLow) - 1), kHighMask = 0x01010101u * ((1u << kHigh) - 1);
 #pragma GCC unroll 8
-    for (int line = 0; line < kLow + kHigh; ++line)
-        prefetch(reinterpret_cast<const std::uint8_t*>(in + line) + kPrefetchBytes);
+    for (int line = 0; line < kLow + kHigh; ++line) prefetch(reinterpret_cast<const std::uint8_t*>(in + line) + ahead);
 #pragma GCC unroll 8
     for (int quad = 0; quad < 8; ++quad) {
         ExpandLine q = in[quad & (kLow - 1)] >> (quad & -kLow) & kLowMask;
@@ -26,7 +25,8 @@ inline void expand_blocks(const ExpandSuperblock& s) {
     const auto* in = reinterpret_cast<const ExpandLine*>(s.from + s.from_header);
     auto* out = reinterpret_cast<ExpandLine*>(s.to + s.to_header);
     const std::uint32_t offset = 0x01010101u * static_cast<std::uint32_t>(s.offset);
-    for (int b = 0; b < s.blocks; ++b, in += kLow + kHigh, out += 8) expand_block<kLow, kHigh>(in, out, offset);
+    for (int b = 0; b < s.blocks; ++b, in += kLow + kHigh, out += 8)
+        expand_block<kLow, kHigh>(in, out, offset, s.ahead);
 }
 
 inline void expand(const ExpandSuperblock& s) {

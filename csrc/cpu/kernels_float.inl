@@ -94,13 +94,11 @@ inline void quantize_span(const QuantizeSpan& s) {
             const f32x16 v = max(min(mul(load(y + 32 * b + i), inverse), bcast(127.0f)), bcast(-127.0f));
             store_int8(values + i, round_even(v));
         }
-        const std::int32_t sums = pair_sums(values);
+        const std::int32_t sums = block_sum(values);
         s.sums32[static_cast<std::int64_t>(b) * s.tokens] = sums;
         std::int32_t* sums64 = s.sums64 + static_cast<std::int64_t>(b / 2) * s.tokens;
-        *sums64 = b % 2 == 0 ? sums : add_pairs(*sums64, sums);
-        float whole[16];
-        store(whole, group_sum(*sums64));
-        s.whole64[static_cast<std::int64_t>(b / 2) * s.tokens] = whole[0];
+        *sums64 = b % 2 == 0 ? sums : add_sums(*sums64, sums);
+        s.whole64[static_cast<std::int64_t>(b / 2) * s.tokens] = static_cast<float>(whole_sum(*sums64));
     }
 }
 

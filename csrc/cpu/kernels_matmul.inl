@@ -7,7 +7,7 @@
 // for every superblock of 256 columns in order, all by fused multiply-adds. N panels of 16 rows by M tokens sit in
 // registers; c is visited once a superblock only, so it may lie in memory and the columns may be cut there.
 
-/// A stream (kStream) asks for its own lines ahead, in dot_group. Else the lines of the next call are asked for here.
+/// A stream (kStream) asks for its own lines ahead, all others for those of the next call.
 template <int kIndex, int N, int M, bool kStream>
 inline void multiply(const MatmulTile& t) {
     constexpr WeightShape kShape = kShapes[kIndex];
@@ -23,6 +23,7 @@ inline void multiply(const MatmulTile& t) {
     const std::uint8_t* w[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) w[n] = t.weights + n * t.panel_bytes;
+    const std::uint8_t* asked = t.weights + t.weights_ahead;  // one pointer: sums cost the stream its speed
     const std::int8_t* a = t.values;
     const std::int32_t* sums = t.sums;
     const float* a_sums = t.whole64;
@@ -42,8 +43,16 @@ inline void multiply(const MatmulTile& t) {
             if constexpr (!kStream)
                 for (int i = 0; t.ask_begin == 0 && i < header; i += 64) prefetch(w[n] + t.weights_ahead + i);
         }
+        if constexpr (kStream) {
+            for (int i = 0; i < header; i += 64) prefetch(asked + i);
+            asked += header;
+        }
         for (int g = 0; g < groups; ++g) {
-            if constexpr (!kStream) {
+            if constexpr (kStream) {
+#pragma GCC unroll 8
+                for (int i = 0; i < kGroupBytes; i += 64) prefetch(asked + i);
+                asked += kGroupBytes;
+            } else {
 #pragma GCC unroll 2
                 for (int n = 0; n < N; ++n)
                     for (int i = t.ask_begin; i < t.ask_end; ++i) prefetch(lines[n] + t.weights_ahead + i * 64);
@@ -51,7 +60,7 @@ inline void multiply(const MatmulTile& t) {
                 for (int i = 0; i < kBlocks * 32 * M; i += 64) prefetch(a + t.values_ahead + i);
             }
             i32x16 sum[N][M];
-            dot_group<kShape.bits, kBlocks, kAsym && kShape.bits == 4, N, M, kStream>(lines, a, sums, sum);
+            dot_group<kShape.bits, kBlocks, kAsym && kShape.bits == 4, N, M>(lines, a, sums, sum);
 #pragma GCC unroll 2
             for (int n = 0; n < N; ++n) {
                 const f32x16 scale = load_half(w[n] + g / kPerScale * 32);

@@ -60,6 +60,7 @@ constexpr std::int64_t kMaxBlockTiles = 26;       // 156 tokens: c is 20 KB
 constexpr std::int64_t kBlockBytes = 600 * 1024;  // activations of a block of tokens: the second cache
 constexpr std::int64_t kChunkBytes = 20 * 1024;   // weights of a pair between two cuts: the first cache
 constexpr std::int64_t kPieceBytes = 128 * 1024;  // weights a thread takes at a time in decode
+constexpr std::int64_t kStreamPairs = 8;          // of one matrix before as many of the other
 constexpr std::int64_t kExpandedSupers = 2;       // superblocks of a panel expanded at a time: 17 KB of a pair
 constexpr std::int64_t kExpandedBytes = 4352;     // of the largest of them: 8 bits in groups of 32, or with mins
 
@@ -149,6 +150,7 @@ class Expansion {
         s.from_groups = static_cast<int>(from_span / from.group);
         s.to_groups = static_cast<int>(to_span / to.group);
         s.repeat = from.group / to.group;
+        s.ahead = cpu::stream_ahead(1);
         s.asymmetric = from.asymmetric;
         return s;
     }
@@ -228,6 +230,7 @@ void multiply_pair(const ActivationData& a, const Tiles& tiles, const Weight& w,
     if (tiles.count == 1) {
         cpu::MatmulTile t = tile_at(a, tiles, 0, scheme.group);
         t.cols = cols;
+        t.weights_ahead = cpu::stream_ahead(tokens);
         for (int i = 0; i < 2; ++i) {
             t.weights = weights + i * panel;
             t.c = c + i * cpu::kLanes;
@@ -338,34 +341,46 @@ void matmul_swiglu(Team& team, const Activations& activations, const Weight& gat
     std::optional<SpanWriter> writer;
     if (out) writer.emplace(SpanWriter::shared(team, out->data(), a.m, gate.rows));
     std::atomic<std::uint32_t>* done = team.counters(static_cast<std::size_t>(tiles.count * spans));
-    const std::int64_t pair_bytes =
-        2 * (layout::panel_bytes(*gate.scheme, gate.cols) + layout::panel_bytes(*up.scheme, up.cols));
-    for_pairs(team, a, tiles, pairs_of(gate), pair_bytes,
-              [&](std::int64_t pair, std::int64_t first, std::int64_t last) {
-                  alignas(64) Sums c, d;
-                  multiply_pair(a, tiles, gate, pair, first, last, pair_data(up, pair), c.data());
-                  multiply_pair(a, tiles, up, pair, first, last, pair_data(gate, pair + 1), d.data());
-                  float* up_sums = d.data();
-                  for_rows(tiles, gate, pair, first, last, c.data(),
-                           [&](std::int64_t token, std::int64_t row, const float* sums, std::int64_t rows) {
-                               alignas(64) float g[kPairRows], u[kPairRows], product[kPairRows];
-                               std::memcpy(g, sums, sizeof g);
-                               std::memcpy(u, up_sums, sizeof u);
-                               up_sums += kPairRows;
-                               for (std::int64_t r = 0; gate_bias && r < rows; ++r) g[r] += gate_bias[row + r];
-                               for (std::int64_t r = 0; up_bias && r < rows; ++r) u[r] += up_bias[row + r];
-                               cpu::kernels().swiglu(g, u, product, kPairRows);
-                               std::memcpy(h + token * gate.rows + row, product,
-                                           static_cast<std::size_t>(rows) * sizeof(float));
-                           });
-                  // Who finishes the last rows of a span of h quantizes it, for the block's tokens.
-                  const std::int64_t span = pair * kPairRows / kSpan, span_pairs = kSpan / kPairRows;
-                  const std::int64_t parts = std::min(span_pairs, pairs_of(gate) - span * span_pairs);
-                  if (!writer || !last_part(done[first * spans + span], parts)) return;
-                  const std::int64_t end = tiles.begin(last - 1) + tiles.size(last - 1);
-                  for (std::int64_t token = tiles.begin(first); token < end; ++token)
-                      writer->write(h, nullptr, 1.0f, token, span, span + 1);
-              });
+    const auto finish = [&](std::int64_t pair, std::int64_t first, std::int64_t last, const float* gate_sums,
+                            const float* up_sums) {
+        for_rows(tiles, gate, pair, first, last, gate_sums,
+                 [&](std::int64_t token, std::int64_t row, const float* sums, std::int64_t rows) {
+                     alignas(64) float g[kPairRows], u[kPairRows], product[kPairRows];
+                     std::memcpy(g, sums, sizeof g);
+                     std::memcpy(u, up_sums, sizeof u);
+                     up_sums += kPairRows;
+                     for (std::int64_t r = 0; gate_bias && r < rows; ++r) g[r] += gate_bias[row + r];
+                     for (std::int64_t r = 0; up_bias && r < rows; ++r) u[r] += up_bias[row + r];
+                     cpu::kernels().swiglu(g, u, product, kPairRows);
+                     std::memcpy(h + token * gate.rows + row, product, static_cast<std::size_t>(rows) * sizeof(float));
+                 });
+        // Who finishes the last rows of a span of h quantizes it, for the block's tokens.
+        const std::int64_t span = pair * kPairRows / kSpan, span_pairs = kSpan / kPairRows;
+        const std::int64_t parts = std::min(span_pairs, pairs_of(gate) - span * span_pairs);
+        if (!writer || !last_part(done[first * spans + span], parts)) return;
+        const std::int64_t end = tiles.begin(last - 1) + tiles.size(last - 1);
+        for (std::int64_t token = tiles.begin(first); token < end; ++token)
+            writer->write(h, nullptr, 1.0f, token, span, span + 1);
+    };
+    if (tiles.count == 1) {  // every change from one matrix to the other stops a stream: some pairs of each in turn
+        team.parallel_for(pairs_of(gate), kStreamPairs, [&](std::int64_t begin, std::int64_t end) {
+            constexpr std::int64_t kSums = cpu::kStreamTokens * kPairRows;
+            alignas(64) std::array<float, kStreamPairs * kSums> c, d;
+            for (std::int64_t i = begin; i < end; ++i)
+                multiply_pair(a, tiles, gate, i, 0, 1, nullptr, c.data() + (i - begin) * kSums);
+            for (std::int64_t i = begin; i < end; ++i)
+                multiply_pair(a, tiles, up, i, 0, 1, nullptr, d.data() + (i - begin) * kSums);
+            for (std::int64_t i = begin; i < end; ++i)
+                finish(i, 0, 1, c.data() + (i - begin) * kSums, d.data() + (i - begin) * kSums);
+        });
+        return;
+    }
+    for_pairs(team, a, tiles, pairs_of(gate), 1, [&](std::int64_t pair, std::int64_t first, std::int64_t last) {
+        alignas(64) Sums c, d;
+        multiply_pair(a, tiles, gate, pair, first, last, pair_data(up, pair), c.data());
+        multiply_pair(a, tiles, up, pair, first, last, pair_data(gate, pair + 1), d.data());
+        finish(pair, first, last, c.data(), d.data());
+    });
 }
 
 }  // namespace cnl::ops

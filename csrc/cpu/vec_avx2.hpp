@@ -91,20 +91,17 @@ inline void store_uint8(std::uint8_t* p, f32x16 x) {
                      _mm_packus_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 
-inline std::int32_t pair_sums(const std::int8_t* p) {
+inline std::int32_t block_sum(const std::int8_t* p) {
     const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), values);
     const __m128i h4 = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
     const __m128i h2 = _mm_add_epi16(h4, _mm_unpackhi_epi64(h4, h4));
     return _mm_cvtsi128_si32(_mm_add_epi16(h2, _mm_srli_epi64(h2, 32)));
 }
-inline std::int32_t add_pairs(std::int32_t a, std::int32_t b) {
+inline std::int32_t add_sums(std::int32_t a, std::int32_t b) {
     return _mm_cvtsi128_si32(_mm_add_epi16(_mm_cvtsi32_si128(a), _mm_cvtsi32_si128(b)));
 }
-inline f32x16 group_sum(std::int32_t pair) {
-    const __m256 sum = _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_set1_epi32(pair), _mm256_set1_epi16(1)));
-    return {sum, sum};
-}
+inline std::int32_t whole_sum(std::int32_t pair) { return static_cast<std::int16_t>(pair & 0xffff) + (pair >> 16); }
 
 /// Always inlined: GCC takes an out-of-line function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) {
@@ -120,7 +117,7 @@ inline __m256i bcast4(const std::int8_t* p) {
 #if defined(__AVXVNNI__)
 /// 8 rows of a group for T of M tokens. The sums are exact in 32 bits; starting from -zero * sum(a) takes the offset of
 /// symmetric weights away.
-template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int T, int M>
 inline __attribute__((always_inline)) void dot_rows_vnni(const std::uint8_t* w, const std::int8_t* a,
                                                          const std::int32_t* sums, __m256i* out) {
     constexpr int kLines = kBits == 4 ? 4 : 8;
@@ -135,7 +132,6 @@ inline __attribute__((always_inline)) void dot_rows_vnni(const std::uint8_t* w, 
 #pragma GCC unroll 8
         for (int t = 0; t < kLines; ++t) {
             const std::uint8_t* p = w + (b * kLines + t) * 64;
-            if constexpr (kPrefetch) prefetch(p + kPrefetchBytes);
             const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
             const __m256i low = kBits == 4 ? _mm256_and_si256(line, mask) : line;
             const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
@@ -157,7 +153,7 @@ inline __attribute__((always_inline)) void pin(__m256i& x) { asm("" : "+x"(x)); 
 /// 8 rows of a 4-bit group for T of M tokens. vpmaddubsw adds two products of at most 15 * 127, so it does not
 /// saturate. The int16 sums may wrap on the way, but they start from -8 * sum(a) and so end at a sum of 32 products (q
 /// - 8) * a, at most 32512.
-template <int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+template <int kBlocks, bool kAsym, int T, int M>
 inline __attribute__((always_inline)) void dot_rows4(const std::uint8_t* w, const std::int8_t* a,
                                                      const std::int32_t* sums, __m256i* out) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -169,7 +165,6 @@ inline __attribute__((always_inline)) void dot_rows4(const std::uint8_t* w, cons
 #pragma GCC unroll 4
         for (int t = 0; t < 4; ++t) {
             const std::uint8_t* p = w + (b * 4 + t) * 64;
-            if constexpr (kPrefetch) prefetch(p + kPrefetchBytes);
             const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
             const __m256i low = _mm256_and_si256(line, mask);
             const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
@@ -193,7 +188,7 @@ inline __attribute__((always_inline)) void dot_rows4(const std::uint8_t* w, cons
 
 /// 8 rows of an 8-bit group for T of M tokens. vpmaddubsw would saturate, so the weights are taken as two nibbles,
 /// whose int16 sums over 32 columns stay below 8 * 2 * 15 * 127 = 30480.
-template <int kBlocks, int T, int M, bool kPrefetch>
+template <int kBlocks, int T, int M>
 inline __attribute__((always_inline)) void dot_rows8(const std::uint8_t* w, const std::int8_t* a,
                                                      const std::int32_t* sums, __m256i* out) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -206,7 +201,6 @@ inline __attribute__((always_inline)) void dot_rows8(const std::uint8_t* w, cons
 #pragma GCC unroll 8
         for (int t = 0; t < 8; ++t) {
             const std::uint8_t* p = w + (b * 8 + t) * 64;
-            if constexpr (kPrefetch) prefetch(p + kPrefetchBytes);
             const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
             const __m256i low = _mm256_and_si256(line, mask);
             const __m256i high = _mm256_and_si256(_mm256_srli_epi16(line, 4), mask);
@@ -235,33 +229,33 @@ inline __attribute__((always_inline)) void again(const std::int8_t*& a, const st
 }
 
 /// 8 rows of one group for T of M tokens, as many at a time as there are registers for.
-template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int T, int M>
 inline __attribute__((always_inline)) void dot_rows(const std::uint8_t* w, const std::int8_t* a,
                                                     const std::int32_t* sums, __m256i* out) {
 #if defined(__AVXVNNI__)
     constexpr int kMost = 6;
     constexpr int kNow = T < kMost ? T : kMost;
-    dot_rows_vnni<kBits, kBlocks, kAsym, kNow, M, kPrefetch>(w, a, sums, out);
+    dot_rows_vnni<kBits, kBlocks, kAsym, kNow, M>(w, a, sums, out);
 #else
     constexpr int kMost = kBits == 4 ? 6 : 3;
     constexpr int kNow = T < kMost ? T : kMost;
     if constexpr (kBits == 4)
-        dot_rows4<kBlocks, kAsym, kNow, M, kPrefetch>(w, a, sums, out);
+        dot_rows4<kBlocks, kAsym, kNow, M>(w, a, sums, out);
     else
-        dot_rows8<kBlocks, kNow, M, kPrefetch>(w, a, sums, out);
+        dot_rows8<kBlocks, kNow, M>(w, a, sums, out);
 #endif
     if constexpr (T > kMost)
-        dot_rows<kBits, kBlocks, kAsym, T - kMost, M, false>(w, a + kMost * 32, sums + kMost, out + kMost);
+        dot_rows<kBits, kBlocks, kAsym, T - kMost, M>(w, a + kMost * 32, sums + kMost, out + kMost);
 }
 
-template <int kBits, int kBlocks, bool kAsym, int N, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int N, int M>
 inline __attribute__((always_inline)) void dot_group(const std::uint8_t* const (&w)[N], const std::int8_t* a,
                                                      const std::int32_t* sums, i32x16 (&acc)[N][M]) {
     for (int n = 0; n < N; ++n) {
         __m256i low[M], high[M];
-        dot_rows<kBits, kBlocks, kAsym, M, M, kPrefetch>(w[n], a, sums, low);
+        dot_rows<kBits, kBlocks, kAsym, M, M>(w[n], a, sums, low);
         again(a, sums);
-        dot_rows<kBits, kBlocks, kAsym, M, M, false>(w[n] + 32, a, sums, high);
+        dot_rows<kBits, kBlocks, kAsym, M, M>(w[n] + 32, a, sums, high);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) acc[n][m] = {low[m], high[m]};
         again(a, sums);

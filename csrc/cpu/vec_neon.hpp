@@ -106,27 +106,19 @@ inline int8x16_t to_bytes(f32x16 x) {
 inline void store_int8(std::int8_t* p, f32x16 x) { vst1q_s8(p, to_bytes(x)); }
 inline void store_uint8(std::uint8_t* p, f32x16 x) { vst1q_u8(p, vreinterpretq_u8_s8(to_bytes(x))); }
 
-inline std::int32_t pair_sums(const std::int8_t* p) {
+inline std::int32_t block_sum(const std::int8_t* p) {
     const int16x8_t pairs = vpadalq_s8(vpaddlq_s8(vld1q_s8(p)), vld1q_s8(p + 16));
     const int16x4_t h4 = vadd_s16(vget_low_s16(pairs), vget_high_s16(pairs));
     return vget_lane_s32(vreinterpret_s32_s16(vadd_s16(h4, vext_s16(h4, h4, 2))), 0);
 }
-inline std::int32_t add_pairs(std::int32_t a, std::int32_t b) {
+inline std::int32_t add_sums(std::int32_t a, std::int32_t b) {
     const int16x4_t x = vreinterpret_s16_s32(vdup_n_s32(a)), y = vreinterpret_s16_s32(vdup_n_s32(b));
     return vget_lane_s32(vreinterpret_s32_s16(vadd_s16(x, y)), 0);
 }
 inline std::int32_t whole_sum(std::int32_t pair) { return static_cast<std::int16_t>(pair & 0xffff) + (pair >> 16); }
-inline f32x16 group_sum(std::int32_t pair) { return bcast(static_cast<float>(whole_sum(pair))); }
 
 /// Always inlined: GCC takes an out-of-line function that only prefetches for one without effect and drops its calls.
 inline __attribute__((always_inline)) void prefetch(const void* p) { __builtin_prefetch(p); }
-
-/// Asks for the 32 columns of 16 rows that begin kPrefetchBytes after `block`.
-template <int kBits>
-inline __attribute__((always_inline)) void prefetch_block(const std::uint8_t* block) {
-#pragma GCC unroll 8
-    for (int line = 0; line < kBits; ++line) prefetch(block + kPrefetchBytes + line * 64);
-}
 
 // Weight bytes as the signed operand of a product. The nibbles 0 .. 15 are that already; bytes lose their offset of 128
 // by a flipped bit.
@@ -159,7 +151,7 @@ inline __attribute__((always_inline)) void sdot_line(const std::uint8_t* line, c
 }
 
 /// The sums of one group (dot_group) over 8 rows for T of M tokens, by sdot: 2T registers of sums, 2T of activations.
-template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int T, int M>
 inline __attribute__((always_inline)) void sdot_rows(const std::uint8_t* w, const std::int8_t* a,
                                                      const std::int32_t* sums, int32x4_t (&sum)[T][2]) {
 #pragma GCC unroll 6
@@ -167,7 +159,6 @@ inline __attribute__((always_inline)) void sdot_rows(const std::uint8_t* w, cons
 #pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b) {
         const std::uint8_t* block = w + b * 64 * kBits;
-        if constexpr (kPrefetch) prefetch_block<kBits>(block);
         int8x16_t x[T], y[T];
 #pragma GCC unroll 6
         for (int m = 0; m < T; ++m) {
@@ -185,14 +176,14 @@ inline __attribute__((always_inline)) void sdot_rows(const std::uint8_t* w, cons
 inline __attribute__((always_inline)) void again(const std::int8_t*& a) { asm("" : "+r"(a)); }
 
 /// The same over 16 rows, for 1 .. 6 tokens.
-template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int T, int M>
 inline __attribute__((always_inline)) void sdot_tokens(const std::uint8_t* w, const std::int8_t* a,
                                                        const std::int32_t* sums, i32x16* acc) {
     static_assert(T <= 6);
     int32x4_t low[T][2], high[T][2];
-    sdot_rows<kBits, kBlocks, kAsym, T, M, kPrefetch>(w, a, sums, low);
+    sdot_rows<kBits, kBlocks, kAsym, T, M>(w, a, sums, low);
     again(a);
-    sdot_rows<kBits, kBlocks, kAsym, T, M, false>(w + 32, a, sums, high);
+    sdot_rows<kBits, kBlocks, kAsym, T, M>(w + 32, a, sums, high);
 #pragma GCC unroll 6
     for (int m = 0; m < T; ++m) acc[m] = {low[m][0], low[m][1], high[m][0], high[m][1]};
 }
@@ -202,15 +193,15 @@ constexpr int tokens_now(int left) { return left <= 6 ? left : (left / 2 + 1) / 
 static_assert(tokens_now(7) == 4 && tokens_now(9) == 4 && tokens_now(10) == 6 && tokens_now(12) == 6);
 
 /// As sdot_tokens, for 1 .. 12 tokens; dot_neon*.hpp define it.
-template <int kBits, int kBlocks, bool kAsym, int T, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int T, int M>
 inline __attribute__((always_inline)) void dot_tokens(const std::uint8_t* w, const std::int8_t* a,
                                                       const std::int32_t* sums, i32x16* acc);
 
-template <int kBits, int kBlocks, bool kAsym, int N, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int N, int M>
 inline __attribute__((always_inline)) void dot_group(const std::uint8_t* const (&w)[N], const std::int8_t* a,
                                                      const std::int32_t* sums, i32x16 (&acc)[N][M]) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) dot_tokens<kBits, kBlocks, kAsym, M, M, kPrefetch>(w[n], a, sums, acc[n]);
+    for (int n = 0; n < N; ++n) dot_tokens<kBits, kBlocks, kAsym, M, M>(w[n], a, sums, acc[n]);
 }
 
 /// Runs `step`, (sums, values) -> sums by one instruction of kProducts products, in chains enough to hide its latency.

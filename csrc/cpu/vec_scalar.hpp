@@ -119,8 +119,9 @@ inline std::int32_t make_pair(int low, int high) {
 inline int pair_low(std::int32_t pair) { return static_cast<std::int16_t>(pair & 0xffff); }
 inline int pair_high(std::int32_t pair) { return pair >> 16; }
 
-/// The two sums of QuantizeSpan over 32 values.
-inline std::int32_t pair_sums(const std::int8_t* p) {
+/// The sum of 32 values in the form in which dot_group starts: here, as for kernels that add in int16, one half over
+/// the values k with k % 4 in {0, 1}, the other over the rest.
+inline std::int32_t block_sum(const std::int8_t* p) {
     int low = 0, high = 0;
     for (int i = 0; i < 32; i += 4) {
         low += p[i] + p[i + 1];
@@ -128,11 +129,10 @@ inline std::int32_t pair_sums(const std::int8_t* p) {
     }
     return make_pair(low, high);
 }
-inline std::int32_t add_pairs(std::int32_t a, std::int32_t b) {
+inline std::int32_t add_sums(std::int32_t a, std::int32_t b) {
     return make_pair(pair_low(a) + pair_low(b), pair_high(a) + pair_high(b));
 }
-/// The whole sum as a float, in every lane.
-inline f32x16 group_sum(std::int32_t pair) { return bcast(static_cast<float>(pair_low(pair) + pair_high(pair))); }
+inline std::int32_t whole_sum(std::int32_t pair) { return pair_low(pair) + pair_high(pair); }
 
 inline void prefetch(const void*) {}
 
@@ -155,7 +155,7 @@ __attribute__((noinline)) void dot_block(const std::uint8_t* block, const std::i
 
 /// acc[n][m] = exact sum over kBlocks * 32 columns of (q - zero) * a for each of 16 rows, zero = 0 if kAsym. Rows of
 /// panel n begin at w[n]; token m's columns lie at a + (block * M + m) * 32, its two sums (QuantizeSpan) at sums[m].
-template <int kBits, int kBlocks, bool kAsym, int N, int M, bool kPrefetch>
+template <int kBits, int kBlocks, bool kAsym, int N, int M>
 inline void dot_group(const std::uint8_t* const (&w)[N], const std::int8_t* a, const std::int32_t* sums,
                       i32x16 (&acc)[N][M]) {
     constexpr int kZero = kAsym ? 0 : 1 << (kBits - 1);
