@@ -118,6 +118,15 @@ class Engine:
         is unchanged then. The GIL is released while it runs.
         """
 
+    def own_weights(self, bytes: int) -> int:
+        """Moves `bytes` more of the weights out of the file's map into memory of the process's own, in large pages, at
+        the same addresses and with the same content. Returns how many bytes are left; 0 when nothing can be moved.
+        Raises RuntimeError when the system gives no memory: the rest stays in the map.
+        """
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second that the engine's threads read the weights with, where they lie now: one pass over them."""
+
     def memory(self) -> dict[str, int]:
         """Bytes: {"weights", "kv_reserved", "kv_per_token", "scratch"}."""
 

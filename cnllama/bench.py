@@ -65,6 +65,9 @@ class Runner(Protocol):
     def rewind(self) -> None:
         """Back to what `prepare` left."""
 
+    def settle(self) -> None:
+        """Does now what the engine would do once, in the steps that follow the first."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -156,6 +159,7 @@ def fill(runner: Runner, context: int, room: int, batch: int) -> None:
         runner.rewind()
     for _ in range(min(room, 2)):
         runner.step(token_ids(batch, runner.vocab_size))
+    runner.settle()
     runner.rewind()
 
 
@@ -259,35 +263,18 @@ def summarize(measure: Measure, samples: Sequence[Sample], work: Work, chars_per
     }
 
 
-def resident_memory(model: Path) -> dict[str, int] | None:
-    """Bytes of this process: {"resident", "peak", "mapped"}, `mapped` being the resident part of the mapped model file.
-
-    None where the system does not say.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        maps = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    name, mapped, inside = os.path.realpath(model), 0, False
-    for line in maps.splitlines():
-        if not line.split(maxsplit=1)[0].endswith(":"):  # the head of a mapping, not one of its figures
-            inside = line.endswith(f" {name}")
-        elif inside and line.startswith("Rss:"):
-            mapped += int(line.split()[1]) << 10
-    return {
-        "resident": int(fields["VmRSS"].split()[0]) << 10,
-        "peak": int(fields["VmHWM"].split()[0]) << 10,
-        "mapped": mapped,
-    }
-
-
 class LLMRunner:
     """This project's engine as a Runner. path: a .cnl, None for the bundled model. Raises InputError as LLM does."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, *, threads: int = 0, kv_type: str = "fp16") -> None:
-        self._path, self._threads, self._kv_type = path, threads, kv_type
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        threads: int = 0,
+        kv_type: str = "fp16",
+        weights: str = "auto",
+    ) -> None:
+        self._path, self._threads, self._kv_type, self._weights = path, threads, kv_type, weights
         self._context = 0
         self._sequences: list[int] = []
         self.llm: LLM = self._open(64, 1)
@@ -330,6 +317,11 @@ class LLMRunner:
         for sequence in self._sequences:
             self.llm.engine.trim(sequence, min(self._context, self.llm.engine.length(sequence)))
 
+    def settle(self) -> None:
+        """See Runner."""
+        if self.llm.weight_memory:
+            self.llm.weight_memory.settle()
+
     def close(self) -> None:
         """Frees the cache."""
         self._sequences = []
@@ -352,6 +344,7 @@ class LLMRunner:
                 kv_type=self._kv_type,
                 max_sequences=sequences,
                 template="raw",
+                weights=self._weights,
             )
 
 

@@ -155,6 +155,7 @@ class SafetensorsFile:
         self.path = Path(path)
         self._file = WatchedFile(path)
         self._map, self.bytes = self._file.map()
+        self._keeps_pages = False
         self.size = self._file.size
         self.header = self._read_header(max_header)
         self.data_begin = 8 + len(self.header)
@@ -174,10 +175,19 @@ class SafetensorsFile:
         entry = self.entries[name]
         return self.bytes[entry.begin : entry.end]
 
+    @property
+    def address(self) -> int:
+        """Where `bytes` begins in this process."""
+        return int(self.bytes.ctypes.data)
+
+    def keep_pages(self) -> None:
+        """Makes `release` do nothing from now on: pages of the map may no longer be the file's, and would be lost."""
+        self._keeps_pages = True
+
     def release(self, begin: int, end: int) -> None:
         """Drops the pages that hold bytes begin .. end of the file from memory; reading them again brings them back."""
         begin -= begin % mmap.PAGESIZE
-        if hasattr(self._map, "madvise") and end > begin:
+        if hasattr(self._map, "madvise") and end > begin and not self._keeps_pages:
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def advise_huge_pages(self) -> None:

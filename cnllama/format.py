@@ -116,6 +116,7 @@ class CnlFile:
         self._file.check_unchanged(self._content_is_the_same)
 
     def _content_is_the_same(self) -> bool:
+        """Of what is used: pages that weights were moved to hold what the file held before."""
         content = hashlib.sha256()
         for chunk in self.data_chunks():
             content.update(chunk.data)
@@ -125,6 +126,15 @@ class CnlFile:
     def engine_tensors(self) -> dict[str, tuple[Bytes, str, int, int]]:
         """Name -> (bytes, scheme, rows, cols) of every tensor the engine reads."""
         return {name: (t.data, t.scheme, t.rows, t.cols) for name, t in self.tensors.items() if t.scheme != "raw"}
+
+    @property
+    def address(self) -> int:
+        """Where the map of the file begins in this process."""
+        return self._file.address
+
+    def keep_pages(self) -> None:
+        """Makes `release` do nothing from now on: weights are about to leave the file's pages for others."""
+        self._file.keep_pages()
 
     def release(self, name: str | None = None) -> None:
         """Drops the pages of a tensor, or of all, from memory; reading them again brings them back."""

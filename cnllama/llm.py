@@ -26,6 +26,7 @@ from cnllama.templates import Message, Template, encode_chat, get_template
 from cnllama.textio import tr
 from cnllama.tokenizer import Tokenizer
 from cnllama.values import integer, real, shown
+from cnllama.weights import WeightMemory, check_mode
 
 if TYPE_CHECKING:
     from cnllama import _core
@@ -59,8 +60,9 @@ class LLM:
     instead of the file's own. speculate: "lookup" guesses tokens from what the prompt and the answer said before and
     runs several in one step; the answers are the same, token for token, and those that quote or repeat come faster. The
     attribute of that name may be changed; it holds for requests made afterwards. device: "cuda" for an NVIDIA GPU; the
-    answers are the same. `defaults` are the parameters of a request that sets none; `unusable_defaults` says, by
-    parameter, which of the file's values are not among them.
+    answers are the same. weights: "map" leaves them in the file's map, "copy" moves them to memory of the process's own
+    while the first answer is written, "auto" does what decodes faster (weights.py). `defaults` are the parameters of a
+    request that sets none; `unusable_defaults` says, by parameter, which of the file's values are not among them.
 
     Raises InputError for a file that is not sound, an option out of range and a model that does not fit into memory.
     """
@@ -76,6 +78,7 @@ class LLM:
         template: str | None = None,
         speculate: str | None = None,
         device: str = "cpu",
+        weights: str = "auto",
     ) -> None:
         begin = time.perf_counter()
         threads = _count("threads", threads, 0, MAX_THREADS)
@@ -91,15 +94,15 @@ class LLM:
             )
         self.speculate = speculate
         self.device = choose(device)
+        weights = check_mode(weights, self.device)
         self.path = _path(path) if path is not None else bundled_model()
         self.file = open_cnl(self.path)
         self.vocab_size: int = self.file.vocab_size
         self.template: Template = get_template(template or self.file.template)
         self.tokenizer = Tokenizer(self.file.tokenizer_model, self.file.tokenizer, str(self.file.path))
-        weights = sum(entry[0].nbytes for entry in self.file.engine_tensors().values())
         self.plan: Plan = make_plan(
             self.file.config,
-            weights,
+            sum(entry[0].nbytes for entry in self.file.engine_tensors().values()),
             context=ctx,
             kv_type=kv_type,
             sequences=max_sequences,
@@ -111,14 +114,16 @@ class LLM:
         self.engine = self._open_engine(threads, kv_type, max_sequences)
         self.threads: int = self.engine.threads
         self.check_weights()
+        self.weight_memory = self._weight_memory(weights)
         # Not methods of this object: it is freed, weights and all, when its last user lets it go.
-        check = self.file.check_unchanged if self.device == "cpu" else _nothing_to_check
+        check = self.file.check_unchanged if self.device == "cpu" else _nothing
         self._scheduler: Scheduler | None = Scheduler(
             self.engine,
             self._make_pool(max_sequences),
             self.engine if self.device == "cuda" else None,
             check=check,
             explain=partial(_explain, self.path, check),
+            before_step=self.weight_memory.before_step if self.weight_memory else _nothing,
         )
         self._ends = self._end_tokens()
         self._silent = [i for i in range(self.tokenizer.pieces, self.vocab_size) if not self.tokenizer.has(i)]
@@ -227,6 +232,7 @@ class LLM:
         if self._scheduler is not None:
             self._scheduler.close()  # waits for a step of another thread
             self._scheduler = None
+            self.weight_memory = None
             self.__dict__.pop("engine", None)
 
     def __enter__(self) -> LLM:
@@ -310,6 +316,11 @@ class LLM:
         except RuntimeError as error:
             raise CnllamaError(f"{self.path}: {error}") from error
 
+    def _weight_memory(self, mode: str) -> WeightMemory | None:
+        if self.device != "cpu":
+            return None
+        return WeightMemory(self.engine, self.file, mode, self.plan.kv + self.plan.scratch)
+
     def _make_pool(self, size: int) -> SlotPool:
         scaling = self.file.config.get("rope_scaling") or {}
         dynamic = scaling.get("rope_type", scaling.get("type")) == "dynamic"
@@ -350,7 +361,7 @@ class LLM:
         return self._scheduler
 
 
-def _nothing_to_check() -> None:
+def _nothing() -> None:
     """For weights that were copied to a GPU."""
 
 

@@ -119,7 +119,7 @@ class Scheduler:
 
     top: the engine again, if it can bring the largest logits alone: it is asked for them where they decide. check:
     called after every step of the engine; raises when its logits may not be used. explain: makes an error for people of
-    what the engine or a sampler refused.
+    what the engine or a sampler refused. before_step: called before every step of the engine.
 
     A step runs the requests of all callers, in the thread of the one who needed it first. So nothing of a caller is
     called here (a request reports to its own caller), Ctrl-C waits until the step is whole,
@@ -134,12 +134,14 @@ class Scheduler:
         *,
         check: Callable[[], None] = lambda: None,
         explain: Callable[[Exception], Exception] = lambda error: error,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._top = top
         self._pool = pool
         self._check = check
         self._explain = explain
+        self._before_step = before_step
         self._waiting: deque[tuple[Request, int]] = deque()
         self._running: dict[Request, Slot] = {}
         self._costs = StepCosts()
@@ -163,6 +165,7 @@ class Scheduler:
             batch = self._next_batch()
             try:
                 if batch:
+                    self._before_step()
                     self._advance(batch, self._run(batch))
             except Exception as error:  # of the engine, which ran all of them, or none
                 for part in batch:

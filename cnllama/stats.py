@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnllama.config import EMBEDDING, LM_HEAD
 from cnllama.textio import count_chinese, tr
+from cnllama.weights import describe
 
 if TYPE_CHECKING:
     from cnllama.llm import LLM
@@ -58,6 +59,7 @@ def measure(llm: LLM, completion: Completion, bandwidth: bool = True) -> dict[st
         "bandwidth_bytes_per_s": limit,
         "bandwidth_share": read * rate / limit if rate and limit else None,
         "threads": llm.threads,
+        "weights": llm.weight_memory.figures() if llm.weight_memory else None,
     }
 
 
@@ -88,6 +90,8 @@ def table(figures: dict[str, Any]) -> str:
             f"{read:.1f} GB/s，{f['threads']} 线程实测上限 {limit:.1f} GB/s：{share}",
         )
         lines.append((tr("memory", "内存带宽"), text))
+    if f["weights"]:
+        lines.append((tr("weights", "权重"), describe(f["weights"])))
     return "\n".join(f"{name}: {text}" for name, text in lines)
 
 

@@ -11,11 +11,13 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind_model.hpp"
 #include "cpu/bandwidth.hpp"
 #include "cpu/cpu_info.hpp"
+#include "cpu/own_pages.hpp"
 #include "engine_lock.hpp"
 #include "map_guard.hpp"
 #include "model.hpp"
@@ -37,7 +39,8 @@ class Engine {
         within("threads", threads, 0, 1024);
         if (kv_type != "fp16" && kv_type != "int8")
             throw py::value_error("kv_type is '" + kv_type + "', expected fp16 or int8");
-        for (const auto& [name, entry] : tensors) watch(entry.cast<py::tuple>()[0].cast<bind::Bytes>().data());
+        for (const auto& [name, entry] : tensors) watch(entry.cast<py::tuple>()[0].cast<bind::Bytes>());
+        if (maps_.size() != 1) mapped_ = {};  // what lies between two maps is nobody's
         const ModelConfig c = bind::read_config(config);
         Weights weights = bind::read_weights(tensors_, c);
         model_ =
@@ -78,6 +81,25 @@ class Engine {
         return logits;
     }
 
+    std::size_t own_weights(std::int64_t bytes) {
+        within("bytes", bytes, 0, std::int64_t(1) << 62);
+        const py::gil_scoped_release release;
+        const std::scoped_lock held(lock_);
+        const auto [begin, end] = mapped_;
+        if (!own_) own_ = std::make_unique<cpu::OwnPages>(begin, static_cast<std::size_t>(end - begin));
+        if (bytes > 0 && !own_->advance(model_->threads(), static_cast<std::size_t>(bytes)))
+            throw std::runtime_error("the system gives no memory for a copy of the weights");
+        return own_->left();
+    }
+
+    double read_bandwidth() {
+        const py::gil_scoped_release release;
+        const std::scoped_lock held(lock_);
+        const auto [begin, end] = mapped_;
+        if (begin == end) throw std::runtime_error("the weights do not lie in one file's map");
+        return double(end - begin) / cpu::read_once(model_->threads(), begin, end - begin);
+    }
+
     py::dict memory() {
         py::dict sizes;
         const KvLayout& kv = model_->cache().layout();
@@ -96,9 +118,13 @@ class Engine {
     std::int64_t barriers() const { return model_->threads().barriers(); }
 
  private:
-    void watch(const void* weights) {
-        const std::atomic<bool>* flag = map_guard::flag_of(weights);
-        if (flag && std::find(maps_.begin(), maps_.end(), flag) == maps_.end()) maps_.push_back(flag);
+    void watch(const bind::Bytes& weights) {
+        const std::uint8_t *begin = weights.data(), *end = begin + weights.nbytes();
+        const std::atomic<bool>* flag = map_guard::flag_of(begin);
+        if (!flag) return;
+        if (std::find(maps_.begin(), maps_.end(), flag) == maps_.end()) maps_.push_back(flag);
+        if (!mapped_.first) mapped_ = {begin, end};
+        mapped_ = {std::min(mapped_.first, begin), std::max(mapped_.second, end)};
     }
     void refuse_damaged() const {
         for (const std::atomic<bool>* flag : maps_)
@@ -107,11 +133,13 @@ class Engine {
     }
 
     EngineLock lock_{false};
-    std::vector<const std::atomic<bool>*> maps_;  // of the maps that the weights lie in
+    std::vector<const std::atomic<bool>*> maps_;                    // of the maps that the weights lie in
+    std::pair<const std::uint8_t*, const std::uint8_t*> mapped_{};  // from the first to the last weight in the one map
     bind::TensorTable tensors_;
     std::int64_t context_;
     std::string kv_type_;
     std::unique_ptr<Model> model_;
+    std::unique_ptr<cpu::OwnPages> own_;
 };
 
 }  // namespace
@@ -127,6 +155,8 @@ void bind_engine(py::module_& module) {
         .def("length", &Engine::length, py::arg("sequence"))
         .def("trim", &Engine::trim, py::arg("sequence"), py::arg("length"))
         .def("step", &Engine::step, py::arg("batch"))
+        .def("own_weights", &Engine::own_weights, py::arg("bytes"))
+        .def("read_bandwidth", &Engine::read_bandwidth)
         .def("memory", &Engine::memory)
         .def("barriers", &Engine::barriers)
         .def_property_readonly("vocab_size", &Engine::vocab_size)

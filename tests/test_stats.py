@@ -37,7 +37,14 @@ def llm_of(tokenizer: Tokenizer) -> Any:
     file = SimpleNamespace(engine_tensors=dict)
     plan = SimpleNamespace(kv_per_token=10)
     return SimpleNamespace(
-        tokenizer=tokenizer, file=file, plan=plan, threads=2, device="cpu", speculate=None, load_seconds=0.1
+        weight_memory=None,
+        tokenizer=tokenizer,
+        file=file,
+        plan=plan,
+        threads=2,
+        device="cpu",
+        speculate=None,
+        load_seconds=0.1,
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from cnllama import bench
 from cnllama.errors import InputError
+from cnllama.resident import resident_memory
 
 OVERHEAD = 512 << 20  # bytes of a process besides weights and cache: interpreter, libraries, buffers
 
@@ -73,6 +74,9 @@ class Engine(ABC):
     @abstractmethod
     def rewind(self) -> None: ...
 
+    def settle(self) -> None:  # noqa: B027
+        """Does now what the engine would do once, in its first steps: for most of them nothing."""
+
     @abstractmethod
     def release(self) -> None:
         """Frees the cache, keeps the weights."""
@@ -84,6 +88,9 @@ class Engine(ABC):
     def logits(self) -> np.ndarray | None:
         """float32 [vocab_size] of the last token that ran; None when the engine does not give them."""
         return None
+
+    def resident_memory(self, model: Path) -> dict[str, int] | None:
+        return resident_memory(model)
 
     def fill(self, context: int, room: int, batch: int) -> None:
         bench.fill(self, context, room, batch)

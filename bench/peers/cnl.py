@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cnllama.bench import LLMRunner
+from cnllama import bench
+from cnllama.resident import resident_memory
 from peers.base import Engine as Base
 from peers.base import Skipped, Spec
 
@@ -47,7 +49,7 @@ class Engine(Base):
 
         from cnllama import _core
 
-        self._runner = LLMRunner(options["model"], threads=options["threads"], kv_type=options["kv_type"])
+        self._runner = bench.LLMRunner(options["model"], threads=options["threads"], kv_type=options["kv_type"])
         self.vocab_size = self._runner.vocab_size
         return {
             "version": version("cnllama"),
@@ -66,6 +68,12 @@ class Engine(Base):
 
     def rewind(self) -> None:
         self._runner.rewind()
+
+    def settle(self) -> None:
+        self._runner.settle()
+
+    def resident_memory(self, model: Path) -> dict[str, int] | None:
+        return resident_memory(model, self._runner.llm.file)
 
     def release(self) -> None:
         self._runner.close()

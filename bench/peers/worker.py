@@ -75,12 +75,10 @@ class Worker:
 
     def do_memory(self, tokens: int, steps: int, path: str) -> dict[str, int] | None:
         """Bytes held after a prompt and some steps; `path` is the model."""
-        from cnllama import bench
-
         self._engine.fill(0, tokens + steps, 1)
         self._engine.time_prefill(tokens, 0.0)
         self._engine.time_decode(steps, 1, 0.0)
-        return bench.resident_memory(Path(path))
+        return self._engine.resident_memory(Path(path))
 
     def do_fill(self, context: int, room: int, batch: int) -> None:
         """A new cache with `context` tokens in each of `batch` sequences."""

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnllama.arguments import add_comma_option, add_model_file
+from cnllama.cli.options import add_weights_option
 from cnllama.errors import InputError
+from cnllama.resident import resident_memory
 from cnllama.stdio import say, show, to_json
 from cnllama.textio import tr
+from cnllama.weights import describe
 
 if TYPE_CHECKING:
     from cnllama.bench import LLMRunner, Measure
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threads", type=int, default=0, metavar="N", help=tr("0: physical cores", "0：物理核数"))
     add("--kv", default="fp16", metavar="TYPE", help=tr("type of the cache: fp16 or int8", "缓存类型：fp16 或 int8"))
+    add_weights_option(parser)
     add("--rounds", type=int, metavar="N", help=tr(f"default: {ROUNDS}", f"默认 {ROUNDS}"))
     add("--quick", action="store_true", help=tr("one short round of each", "每项只测一个短轮次"))
     add("--json", action="store_true", help=tr("one JSON object instead of the table", "输出一个 JSON 对象"))
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             )
         )
     measures = _measures(args)
-    runner = LLMRunner(args.file, threads=args.threads, kv_type=args.kv)
+    runner = LLMRunner(args.file, threads=args.threads, kv_type=args.kv, weights=args.weights)
     trained = trained_length(runner.llm.file.config)
     too_long = [m for m in measures if m.size > trained]  # speed does not mind the few steps after it
     tell = _quiet if args.json else _show
@@ -82,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
         figures = _run(runner, measure, args, rounds)
         if "memory" not in result:
             result["memory"] = _memory(runner, measure)
+        if figures.get("weights") and "weights" not in result:
+            result["weights"] = figures["weights"]
+            tell(tr("weights: ", "权重：") + describe(figures["weights"]))
         result["measures"].append(figures)
         tell(_describe_measure(measure, figures))
     result["left_out"] = [m.name for m in too_long]
@@ -147,7 +154,7 @@ def _start(runner: LLMRunner, args: argparse.Namespace, rounds: int) -> dict[str
     from cnllama import bench
 
     prompt = bench.first_prompt(runner.llm)
-    options = ["--kv", args.kv, "--threads", str(args.threads)]
+    options = ["--kv", args.kv, "--threads", str(args.threads), "--weights", args.weights]
     runner.prepare(0, 2, 1)
     runner.step(bench.token_ids(1, runner.vocab_size))  # one step reads the whole file
     loads = []
@@ -173,16 +180,28 @@ def _run(runner: LLMRunner, measure: Measure, args: argparse.Namespace, rounds: 
             return bench.time_prefill(runner, measure.size, seconds)
         return bench.time_decode(runner, measure.steps, measure.batch, seconds)
 
+    def read() -> float:
+        return 1 / float(runner.llm.engine.read_bandwidth())
+
     limit = bench.limit_of(measure)
-    samples = bench.interleave({"cnllama": once}, lambda: limit(runner.threads), rounds)["cnllama"]
-    return bench.summarize(measure, samples, bench.work_of(runner.llm), runner.chars_per_token)
+    decodes = measure.kind == "decode"
+    runs = {"cnllama": once, "weights": read} if decodes else {"cnllama": once}
+    samples = bench.interleave(runs, lambda: limit(runner.threads), rounds)
+    work = bench.work_of(runner.llm)
+    figures = bench.summarize(measure, samples["cnllama"], work, runner.chars_per_token)
+    if decodes:  # the same bytes, read where the weights lie
+        pairs = zip(samples["cnllama"], samples["weights"], strict=True)
+        own = [measure.share(seconds, 1 / of_a_byte, work) for (seconds, _), (of_a_byte, _) in pairs]
+        figures["share_of_weights_loop"] = statistics.median(own)
+        memory = runner.llm.weight_memory
+        figures["weights"] = memory.figures() if memory else None
+    return figures
 
 
 def _memory(runner: LLMRunner, measure: Measure) -> dict[str, int] | None:
     """What this process holds after a measure, as JSON; `besides` is all but the mapped file and the cache in use."""
-    from cnllama import bench
 
-    found = bench.resident_memory(Path(runner.llm.path))
+    found = resident_memory(Path(runner.llm.path), runner.llm.file)
     if found is None:
         return None
     kv = runner.llm.plan.kv_per_token * (measure.context + measure.room) * measure.batch
@@ -226,6 +245,9 @@ def _describe_measure(measure: Measure, figures: dict[str, Any]) -> str:
     prefill = measure.kind == "prefill"
     limit = tr("int8 peak", "int8 峰值") if prefill else tr("read bandwidth", "读带宽")
     share = tr(f"{f['share']:.0%} of the {limit}", f"{limit}的 {f['share']:.0%}")
+    if not prefill:
+        own = f["share_of_weights_loop"]
+        share += tr(f", {own:.0%} of a loop over the weights", f"，逐字节读权重的 {own:.0%}")
     chars = tr("chars/s", "字/秒")
     return f"{_label(measure):<22} {rate:<32} {f['chars_per_s']:8.1f} {chars}   {share}"
 

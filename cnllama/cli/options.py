@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """FILE or -m, --template, --raw, --system, --ctx, --kv, --threads, --device, --speculate."""
+    """FILE or -m, --template, --raw, --system, --ctx, --kv, --threads, --device, --weights, --speculate."""
     group = parser.add_argument_group(tr("model", "模型"))
     text = tr("a .cnl file; default: the bundled model", ".cnl 文件；默认：自带模型")
     add_model_file(parser, "model", text, required=False)
@@ -44,12 +44,26 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="auto", metavar="NAME", help=tr("cpu, cuda or auto: cpu", "cpu、cuda 或 auto（即 cpu）")
     )
+    add_weights_option(group)
     group.add_argument(
         "--speculate",
         metavar="HOW",
         help=tr(
             "lookup: guess from earlier text; the same answer, faster where it repeats",
             "lookup：按前文猜测；答案不变，重复处更快",
+        ),
+    )
+
+
+def add_weights_option(parser: argparse._ActionsContainer) -> None:
+    """--weights."""
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        metavar="WHERE",
+        help=tr(
+            "map: as the file lies in memory; copy: moved to large pages; auto: what decodes faster",
+            "map：文件映射；copy：移入大页；auto：取解码更快者",
         ),
     )
 
@@ -126,6 +140,7 @@ def open_model(args: argparse.Namespace) -> LLM:
             template="raw" if args.raw else args.template,
             speculate=args.speculate,
             device=args.device,
+            weights=args.weights,
         )
     for warning in caught:
         say(tr("cnllama: warning: ", "cnllama：警告：") + str(warning.message))

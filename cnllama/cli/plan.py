@@ -36,7 +36,14 @@ def run(args: argparse.Namespace) -> int:
     positions = f"{plan.sequences} x {plan.context}" if plan.sequences > 1 else str(plan.context)
     source = tr(plan.available.source, "空闲内存" if plan.available.source == "free memory" else "cgroup 限制")
     rows = [
-        (tr("weights", "权重"), plan.weights, file.quantization.get("scheme", "")),
+        (
+            tr("weights", "权重"),
+            plan.weights,
+            tr(
+                f"{file.quantization.get('scheme', '')}; in the file's map, or once in large pages (--weights)",
+                f"{file.quantization.get('scheme', '')}；在文件映射中，或移入大页，只占一份（--weights）",
+            ),
+        ),
         (
             tr("cache", "缓存"),
             plan.kv,

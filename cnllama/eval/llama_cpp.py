@@ -205,6 +205,9 @@ class LlamaCpp:
         """See Runner."""
         self._decode(ids, 0)
 
+    def settle(self) -> None:
+        """See Runner: there is nothing."""
+
     def rewind(self) -> None:
         """See Runner."""
         self._api.llama_memory_seq_rm(self._memory, 0, self._start, -1)
