@@ -74,5 +74,8 @@ class Engine:
     def memory(self) -> dict[str, int]:
         """Bytes of GPU memory: {"weights", "kv_reserved", "kv_per_token", "scratch"}."""
 
+    def graphs(self) -> int:
+        """Captured steps that are kept, and those that were seen once: 32 at most."""
+
     def replays(self) -> int:
         """Steps that were a replay of a captured one."""

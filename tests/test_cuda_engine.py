@@ -187,6 +187,7 @@ def test_memory_that_runs_out_in_a_step(cuda, model, fault) -> None:
         ("cudaLaunchKernelEx", 1),
         ("cudaLaunchKernelEx", 9),
         ("cudaMemcpyAsync", 1),
+        ("cudaMemcpyAsync", 2),
         ("cudaStreamBeginCapture", 1),
         ("cudaGraphInstantiate", 1),
         ("cudaGraphLaunch", 1),
@@ -213,6 +214,51 @@ def test_a_lost_device_says_so_every_time(cuda, model, fault) -> None:
         with pytest.raises(RuntimeError, match=r"cudaErrorIllegalAddress .*it is lost to this process, start it again"):
             pair[0].step([(0, TEXT[:1], False)])
         assert pair[0].length(0) == TEXT.size
+
+
+@emulated
+@pytest.mark.parametrize("code", [214, 220, 700, 714, 719, 721, 999])
+def test_errors_that_end_everything_are_known(cuda, model, fault, code) -> None:
+    pair = opened(engines(cuda, model))
+    fault("cudaLaunchKernelEx", 3, code)
+    with pytest.raises(RuntimeError, match="it is lost to this process, start it again"):
+        pair[0].step([(0, TEXT, False)])
+
+
+@emulated
+def test_a_process_that_was_forked_is_told_to_spawn(cuda, model, fault) -> None:
+    fault("cudaMalloc", 1, 3)
+    with pytest.raises(RuntimeError, match="a forked process cannot use the GPU: start processes with spawn"):
+        engines(cuda, model)
+
+
+@emulated
+def test_code_that_does_not_wait_is_not_started_early(cuda, model, monkeypatch) -> None:
+    """A module built for older GPUs, on a newer one."""
+    monkeypatch.setenv("CNLLAMA_EMULATOR_CODE", "80")
+    pair = opened(engines(cuda, model))
+    same_step(pair, [(0, TEXT, False)])
+    for token in (3, 8, 9):
+        same_step(pair, [(0, np.array([token], np.int32), False)])
+
+
+def test_captured_steps_that_are_kept_are_counted(cuda, model) -> None:
+    pair = engines(cuda, model, context=64, max_sequences=32)
+    for _ in range(32):
+        opened(pair)
+    shapes = [(rows, k) for rows in (32, 16, 8, 4, 2, 1) for k in (520, 270, 140, 70, 40, 1)]  # buffers do not grow
+    for rows, k in (*shapes, shapes[0], shapes[-1]):
+        batch = [(i, TEXT[i % 9 : i % 9 + 1], False) for i in range(rows)]
+        _, values = pair[0].step_top(batch, k)
+        expected = -np.sort(-pair[1].step(batch), axis=1)[:, :k]
+        np.testing.assert_array_equal(-np.sort(-values, axis=1), expected)
+        assert pair[0].graphs() <= 32
+    assert pair[0].graphs() == 32
+
+
+def test_a_step_of_more_rows_than_a_grid_has_is_refused(cuda, model) -> None:
+    with pytest.raises(ValueError, match=r"max_step_tokens is 65505, outside 1 \.\. 65504"):
+        engines(cuda, model, max_step_tokens=65505)
 
 
 def test_limit_of_a_step_is_the_one_asked_for(cuda, model) -> None:

@@ -27,7 +27,7 @@ inline void require(bool ok, const std::string& message) {
 template <typename T>
 DeviceArray<T> sent(const T* from, std::size_t count) {
     DeviceArray<T> array(count, "a test");
-    if (count) check(cudaMemcpy(array.get(), from, array.bytes(), cudaMemcpyHostToDevice), "a test's input");
+    copy_to_device(array.get(), from, array.bytes(), "a test's input");
     return array;
 }
 inline DeviceArray<float> sent(const Floats& x) { return sent(x.data(), static_cast<std::size_t>(x.size())); }
@@ -35,7 +35,7 @@ inline DeviceArray<float> sent(const Floats& x) { return sent(x.data(), static_c
 template <typename T>
 DeviceArray<T> poisoned(std::size_t count) {
     DeviceArray<T> array(count, "a test");
-    check(cudaMemset(array.get(), 0xff, array.bytes()), "a test's output");
+    fill_device_memory(array.get(), 0xff, array.bytes(), "a test's output");
     return array;
 }
 

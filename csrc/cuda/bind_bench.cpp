@@ -76,7 +76,7 @@ std::vector<double> read_seconds(std::int64_t mebibytes, int rounds) {
     const Context context(usable_device(), options_from_environment());
     const DeviceArray<std::uint8_t> memory(static_cast<std::size_t>(mebibytes) << 20, "the benchmark");
     const DeviceArray<std::uint32_t> sink(1, "the benchmark");
-    check(cudaMemset(memory.get(), 1, memory.bytes()), "the benchmark");
+    fill_device_memory(memory.get(), 1, memory.bytes(), "the benchmark");
     return time_replays(context, rounds,
                         [&] { read_memory(context.queue(), memory.get(), mebibytes << 20, sink.get()); });
 }
@@ -87,7 +87,7 @@ std::vector<double> copy_seconds(std::int64_t mebibytes, int rounds) {
     const Context context(usable_device(), options_from_environment());
     const auto bytes = static_cast<std::size_t>(mebibytes) << 20;
     const DeviceArray<std::uint8_t> from(bytes, "the benchmark"), to(bytes, "the benchmark");
-    check(cudaMemset(from.get(), 1, bytes), "the benchmark");
+    fill_device_memory(from.get(), 1, bytes, "the benchmark");
     return time_replays(context, rounds, [&] {
         check(cudaMemcpyAsync(to.get(), from.get(), bytes, cudaMemcpyDeviceToDevice, context.stream().get()),
               "copying");
@@ -135,7 +135,7 @@ std::vector<double> matmul_seconds(const std::string& scheme_name, std::int64_t 
     const auto each = DeviceWeights::device_bytes(Weight{scheme, rows, cols, nullptr});
     // 0x11: nibbles of 1, and fp16 parameters of 6e-4.
     const DeviceArray<std::uint8_t> weights(each * static_cast<std::size_t>(copies * matrices), "the benchmark");
-    check(cudaMemset(weights.get(), 0x11, weights.bytes()), "the benchmark");
+    fill_device_memory(weights.get(), 0x11, weights.bytes(), "the benchmark");
     const auto blocks = static_cast<std::size_t>(token_blocks(tokens)),
                tiles = static_cast<std::size_t>(col_tiles(cols));
     const DeviceArray<std::int8_t> values(blocks * tiles * kTokenBlock * kTileCols, "the benchmark");
@@ -143,8 +143,8 @@ std::vector<double> matmul_seconds(const std::string& scheme_name, std::int64_t 
     const DeviceArray<float> scales(blocks * static_cast<std::size_t>(spans(cols)) * kTokenBlock, "the benchmark");
     const DeviceArray<float> x(static_cast<std::size_t>(tokens * cols), "the benchmark");
     const DeviceArray<float> out(static_cast<std::size_t>(tokens) * static_cast<std::size_t>(rows), "the benchmark");
-    check(cudaMemset(x.get(), 0x3c, x.bytes()), "the benchmark");
-    check(cudaMemset(out.get(), 0, out.bytes()), "the benchmark");
+    fill_device_memory(x.get(), 0x3c, x.bytes(), "the benchmark");
+    fill_device_memory(out.get(), 0, out.bytes(), "the benchmark");
     MatmulArgs args;
     args.act = {values.get(), sums.get(), scales.get()};
     args.tokens = tokens;
@@ -184,7 +184,7 @@ std::vector<double> attention_seconds(int heads, int kv_heads, int head_dim, std
     const std::int64_t count = prefill ? positions : rows;
     const DeviceArray<std::uint8_t> memory(layout.page_bytes() * static_cast<std::size_t>(pages * sequences),
                                            "the benchmark");
-    check(cudaMemset(memory.get(), 0x11, memory.bytes()), "the benchmark");
+    fill_device_memory(memory.get(), 0x11, memory.bytes(), "the benchmark");
     std::vector<std::int32_t> table(static_cast<std::size_t>(pages * sequences)),
         tokens(static_cast<std::size_t>(count));
     for (std::size_t i = 0; i < table.size(); ++i) table[i] = static_cast<std::int32_t>(i);
@@ -202,12 +202,12 @@ std::vector<double> attention_seconds(int heads, int kv_heads, int head_dim, std
         upload.send({tokens, {}, step, frequencies.data(), frequencies.data()}, settings, context.stream());
     const auto floats = static_cast<std::size_t>(count * heads * head_dim);
     const DeviceArray<float> q(floats, "the benchmark"), out(floats, "the benchmark");
-    check(cudaMemset(q.get(), 0, q.bytes()), "the benchmark");
+    fill_device_memory(q.get(), 0, q.bytes(), "the benchmark");
     const DeviceArray<float> partials(
         static_cast<std::size_t>(partial_floats(decode, shape.tasks, kv_heads, layout.padded_dim()) + 1),
         "the benchmark");
     const DeviceArray<std::uint32_t> arrivals(static_cast<std::size_t>(count * heads), "the benchmark");
-    check(cudaMemset(arrivals.get(), 0, arrivals.bytes()), "the benchmark");
+    fill_device_memory(arrivals.get(), 0, arrivals.bytes(), "the benchmark");
     AttentionArgs args;
     args.step = upload.device();
     args.q = q.get();

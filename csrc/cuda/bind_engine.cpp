@@ -25,6 +25,8 @@ namespace py = pybind11;
 namespace cnl::cuda {
 namespace {
 
+constexpr std::int64_t kMaxStepTokens = 65504;  // grids have 65,535 rows at most, and a step is rounded up to 32
+
 /// Refuses weights that no kernel reads.
 void require_kernels(const py::dict& tensors) {
     for (const auto& [name, entry] : tensors) {
@@ -42,7 +44,7 @@ class Engine {
     Engine(const py::dict& config, const py::dict& tensors, int threads, std::int64_t context,
            std::int64_t max_sequences, std::int64_t max_step_tokens, const std::string& kv_type)
         : context_length_(bind::within("context", context, 1, std::int64_t(1) << 24)),
-          max_step_tokens_(bind::within("max_step_tokens", max_step_tokens, 1, 65536)),
+          max_step_tokens_(bind::within("max_step_tokens", max_step_tokens, 1, kMaxStepTokens)),
           kv_type_(kv_type),
           device_(usable_device()) {
         bind::within("max_sequences", max_sequences, 1, 4096);
@@ -192,6 +194,9 @@ class Engine {
     std::int64_t replays() {
         return bind::alone(lock_, [&] { return device_context().replays(); });
     }
+    std::int64_t graphs() {
+        return bind::alone(lock_, [&] { return device_context().graphs(); });
+    }
 
  private:
     Context& device_context() { return context_of(model_->threads()); }
@@ -221,6 +226,8 @@ class Engine {
         std::vector<std::int64_t> lengths;
         for (const StepEntry& entry : entries) lengths.push_back(model_->cache().length(entry.sequence));
         const auto undo = [&] {
+            // What was asked for may still be under way: copies to memory that the caller frees now.
+            static_cast<void>(cudaStreamSynchronize(device_context().stream().get()));
             for (std::size_t i = 0; i < entries.size(); ++i) model_->cache().trim(entries[i].sequence, lengths[i]);
         };
         try {
@@ -304,6 +311,7 @@ void bind_cuda_engine(py::module_& module) {
         .def("generate", &Engine::generate, py::arg("sequences"), py::arg("first"), py::arg("count"))
         .def("memory", &Engine::memory)
         .def("replays", &Engine::replays)
+        .def("graphs", &Engine::graphs)
         .def_property_readonly("vocab_size", &Engine::vocab_size)
         .def_property_readonly("context", &Engine::context)
         .def_property_readonly("threads", &Engine::threads)

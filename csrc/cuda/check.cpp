@@ -2,6 +2,8 @@
 #include "check.hpp"
 
 #include <cstdio>
+#include <map>
+#include <mutex>
 
 namespace cnl::cuda {
 
@@ -21,6 +23,10 @@ bool ends_the_context(cudaError_t error) {
         case cudaErrorECCUncorrectable:
         case cudaErrorAssert:
         case cudaErrorDevicesUnavailable:
+        case cudaErrorNvlinkUncorrectable:
+        case cudaErrorContained:
+        case cudaErrorInitializationError:
+        case cudaErrorUnknown:
             return true;
         default:
             return false;
@@ -33,9 +39,13 @@ void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     static_cast<void>(cudaGetLastError());
     const bool sticky = ends_the_context(error);
+    const char* mend = "";
+    if (error == cudaErrorInitializationError)  // what a child gets that was forked after its parent used CUDA
+        mend = "; a forked process cannot use the GPU: start processes with spawn";
+    else if (sticky)
+        mend = "; it is lost to this process, start it again";
     throw CudaError(std::string(what) + ": the GPU answers " + cudaGetErrorName(error) + " (" +
-                        cudaGetErrorString(error) + ")" +
-                        (sticky ? "; it is lost to this process, start it again" : ""),
+                        cudaGetErrorString(error) + ")" + mend,
                     error, sticky);
 }
 
@@ -72,6 +82,28 @@ void* take_pinned_memory(std::size_t bytes, const char* what) {
     }
     check(error, what);
     return p;
+}
+
+void fill_device_memory(void* p, int byte, std::size_t bytes, const char* what) {
+    if (!bytes) return;
+    check(cudaMemset(p, byte, bytes), what);
+    check(cudaStreamSynchronize(cudaStreamLegacy), what);
+}
+
+void copy_to_device(void* to, const void* from, std::size_t bytes, const char* what) {
+    if (!bytes) return;
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), what);
+    check(cudaStreamSynchronize(cudaStreamLegacy), what);
+}
+
+void allow_shared_memory(const void* kernel, std::size_t bytes, const char* what) {
+    static std::mutex mutex;
+    static std::map<const void*, std::size_t> allowed;
+    const std::scoped_lock lock(mutex);
+    std::size_t& most = allowed[kernel];
+    if (bytes <= most) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), what);
+    most = bytes;
 }
 
 // Errors of an earlier launch come back here too; there is nobody to tell in a destructor.

@@ -59,6 +59,16 @@ void* take_pinned_memory(std::size_t bytes, const char* what);
 void release_device_memory(void* p) noexcept;
 void release_pinned_memory(void* p) noexcept;
 
+/// Fill and copy device memory, and return when that has happened. A fill on the default stream happens some time after
+/// its call, and so does the arrival of what is copied out of ordinary memory; nothing orders them with the streams of
+/// engines, whose kernels would read or write the same memory meanwhile.
+void fill_device_memory(void* p, int byte, std::size_t bytes, const char* what);
+void copy_to_device(void* to, const void* from, std::size_t bytes, const char* what);
+
+/// Lets a kernel's blocks have so many bytes of dynamic shared memory, over the 48 KB that all may. Never fewer than
+/// before: another thread may be about to launch it with more.
+void allow_shared_memory(const void* kernel, std::size_t bytes, const char* what);
+
 template <typename T>
 void* DeviceArray<T>::take(std::size_t bytes, const char* what) {
     return bytes ? take_device_memory(bytes, what) : nullptr;

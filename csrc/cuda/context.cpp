@@ -24,7 +24,7 @@ int attribute(cudaDeviceAttr which) {
 template <typename T>
 DeviceArray<T> zeroed(std::size_t count, const char* what) {
     DeviceArray<T> array(count, what);
-    if (count) check(cudaMemset(array.get(), 0, array.bytes()), what);
+    fill_device_memory(array.get(), 0, array.bytes(), what);
     return array;
 }
 
@@ -98,6 +98,7 @@ Options options_from_environment() {
 /// first launch does behind the scenes is done before a capture, and a step that never comes back costs no capture.
 struct Context::Graph {
     cudaGraphExec_t exec = nullptr;
+    std::int64_t used = 0;
     ~Graph() {
         if (exec) static_cast<void>(cudaGraphExecDestroy(exec));
     }
@@ -107,7 +108,7 @@ Context::Context(const Device& device, const Options& options) : options_(option
     queue_.stream = stream_.get();
     queue_.processors = device.processors;
     queue_.shared_limit = device.shared_limit;
-    queue_.early_start = options.early_start && device.major >= 9;
+    queue_.early_start = options.early_start && device.major >= 9 && waits_for_previous();
     queue_.wait_each = options.wait_each;
 }
 
@@ -168,6 +169,13 @@ void Context::forget_graphs() {
     if (graphs_.empty()) return;
     stream_.wait();
     graphs_.clear();
+}
+
+void Context::forget_oldest_graph() {
+    if (graphs_.size() <= static_cast<std::size_t>(kMaxGraphs)) return;
+    const auto older = [](const auto& a, const auto& b) { return a.second->used < b.second->used; };
+    stream_.wait();  // it may be running
+    graphs_.erase(std::min_element(graphs_.begin(), graphs_.end(), older));
 }
 
 AttentionArgs Context::attention_args(const KvCache& cache, int layer, int heads) const {
@@ -234,9 +242,12 @@ void Context::replay(const Key& key, const std::function<void()>& work) {
     const auto [found, is_new] = graphs_.try_emplace(key);
     if (is_new) {
         found->second = std::make_unique<Graph>();
+        found->second->used = ++uses_;
+        forget_oldest_graph();
         work();
         return;
     }
+    found->second->used = ++uses_;
     cudaGraphExec_t& exec = found->second->exec;
     if (!exec) {
         cudaGraph_t graph = nullptr;

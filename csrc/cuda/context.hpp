@@ -32,6 +32,7 @@ Device usable_device();
 
 inline constexpr int kGraphRows = 32;  // captured steps have this many rows at most
 inline constexpr int kLeastTop = 32;   // few widths, few graphs
+inline constexpr int kMaxGraphs = 32;  // captured steps that are kept
 
 struct Options {
     bool graphs = true;       // decode steps are captured once and replayed
@@ -80,6 +81,7 @@ class Context {
     const std::int32_t* top_ids() const { return top_ids_.get(); }
     const float* top_values() const { return top_values_.get(); }
     std::int64_t replays() const { return replays_; }
+    std::int64_t graphs() const { return static_cast<std::int64_t>(graphs_.size()); }
 
     /// The context of the run that this thread is in.
     static Context& current();
@@ -88,6 +90,7 @@ class Context {
     struct Graph;
     using Key = std::tuple<int, int, bool, int>;  // rows, chunks, best, top
     void forget_graphs();
+    void forget_oldest_graph();
     void replay(const Key& key, const std::function<void()>& work);
 
     Options options_;
@@ -104,7 +107,8 @@ class Context {
     DeviceArray<std::int32_t> best_ids_, chosen_, top_ids_;
     DeviceArray<std::uint64_t> top_scratch_;
     DeviceArray<std::uint32_t> arrivals_;
-    std::map<Key, std::unique_ptr<Graph>> graphs_;
+    std::map<Key, std::unique_ptr<Graph>> graphs_;  // at most kMaxGraphs
+    std::int64_t uses_ = 0;                         // of graphs, counted: the age of each
     std::int64_t replays_ = 0;
 };
 

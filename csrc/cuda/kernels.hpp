@@ -158,5 +158,8 @@ std::int64_t top_keys(std::int64_t rows, std::int64_t vocab, int width);
 void read_memory(const Queue& queue, const void* memory, std::int64_t bytes, std::uint32_t* sink);
 /// Benchmark: does nothing.
 void nothing(const Queue& queue);
+/// Whether the code that was loaded waits for its predecessor: it was compiled for Hopper or later. A module built for
+/// older GPUs runs on Hopper too, without that.
+bool waits_for_previous();
 
 }  // namespace cnl::cuda

@@ -28,10 +28,7 @@ struct Shape {
 template <typename... Parameters, typename... Arguments>
 void launch(const Queue& queue, const char* name, void (*kernel)(Parameters...), const Shape& shape,
             Arguments&&... arguments) {
-    if (shape.shared > 49152)
-        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shape.shared)),
-              name);
+    if (shape.shared > 49152) allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared, name);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -36,7 +36,7 @@ cuda::Context& cuda::context_of(ThreadPool& pool) { return DeviceAccess::context
 
 void* memory::reserve(std::size_t bytes) {
     void* p = cuda::take_device_memory(bytes, "the engine");
-    cuda::check(cudaMemset(p, 0, bytes), "clearing memory");
+    cuda::fill_device_memory(p, 0, bytes, "clearing memory");
     return p;
 }
 void memory::release(void* p, std::size_t) noexcept { cuda::release_device_memory(p); }
@@ -91,9 +91,9 @@ Activations::Activations(std::int64_t max_tokens, std::int64_t max_cols, int) : 
     data_->values = {blocks * tiles * cuda::kTokenBlock * cuda::kTileCols, "activations"};
     data_->sums = {blocks * tiles * cuda::kSumKinds * cuda::kTokenBlock, "activations"};
     data_->scales = {blocks * static_cast<std::size_t>(cuda::spans(max_cols)) * cuda::kTokenBlock, "activations"};
-    cuda::check(cudaMemset(data_->values.get(), 0, data_->values.bytes()), "clearing memory");
-    cuda::check(cudaMemset(data_->sums.get(), 0, data_->sums.bytes()), "clearing memory");
-    cuda::check(cudaMemset(data_->scales.get(), 0, data_->scales.bytes()), "clearing memory");
+    cuda::fill_device_memory(data_->values.get(), 0, data_->values.bytes(), "clearing memory");
+    cuda::fill_device_memory(data_->sums.get(), 0, data_->sums.bytes(), "clearing memory");
+    cuda::fill_device_memory(data_->scales.get(), 0, data_->scales.bytes(), "clearing memory");
 }
 Activations::~Activations() { delete data_; }
 

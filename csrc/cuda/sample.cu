@@ -191,6 +191,12 @@ void read_memory(const Queue& queue, const void* memory, std::int64_t bytes, std
            static_cast<const uint4*>(memory), bytes / 16, sink);
 }
 
+bool waits_for_previous() {
+    cudaFuncAttributes code{};
+    check(cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(nothing_kernel)), "asking what code was loaded");
+    return code.binaryVersion >= 90 && code.ptxVersion >= 90;
+}
+
 void nothing(const Queue& queue) { launch(queue, "nothing", nothing_kernel, {dim3(1), dim3(kWarp)}); }
 
 }  // namespace cnl::cuda

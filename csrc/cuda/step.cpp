@@ -99,14 +99,18 @@ StepShape StepUpload::send(const ops::StepInputs& in, const Settings& settings, 
     shape.prefill_tiles = tile - shape.decode_tiles;
     if (padded > shape.rows) shape.rows = shape.outputs = padded;
 
+    // Recorded whatever fails: the slot may not be written again while a copy out of it is under way.
+    struct Sent {
+        Slot& slot;
+        const Stream& stream;
+        ~Sent() { slot.used = cudaEventRecord(slot.sent.get(), stream.get()) == cudaSuccess || slot.used; }
+    } const sent{slot, stream};
     check(cudaMemcpyAsync(memory_.get(), rows, static_cast<std::size_t>(padded * row_bytes_), cudaMemcpyHostToDevice,
                           stream.get()),
           "sending a step");
     check(cudaMemcpyAsync(memory_.get() + rows_ * row_bytes_, tables, static_cast<std::size_t>(entries * 4),
                           cudaMemcpyHostToDevice, stream.get()),
           "sending page tables");
-    slot.sent.record(stream);
-    slot.used = true;
     return shape;
 }
 

@@ -50,10 +50,12 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
+    cudaErrorInitializationError = 3,
     cudaErrorInsufficientDriver = 35,
     cudaErrorDevicesUnavailable = 46,
     cudaErrorNoDevice = 100,
     cudaErrorECCUncorrectable = 214,
+    cudaErrorNvlinkUncorrectable = 220,
     cudaErrorIllegalAddress = 700,
     cudaErrorLaunchOutOfResources = 701,
     cudaErrorLaunchTimeout = 702,
@@ -64,6 +66,8 @@ enum cudaError_t {
     cudaErrorInvalidAddressSpace = 717,
     cudaErrorInvalidPc = 718,
     cudaErrorLaunchFailure = 719,
+    cudaErrorContained = 721,
+    cudaErrorUnknown = 999,
 };
 
 namespace emulator {
@@ -75,7 +79,10 @@ void sync_block();
 unsigned char* shared_memory();
 int round_to_int(float x);
 void submit(struct Stream* stream, std::function<void()> work);
+void finish_default_stream();
 cudaError_t fault(const char* call);
+/// CNLLAMA_EMULATOR_CODE: the architecture that the module was "built" for; 90 without it.
+int code_version();
 void run_grid(const dim3& grid, const dim3& block, std::size_t shared, const std::function<void()>& kernel);
 
 }  // namespace emulator
@@ -107,10 +114,14 @@ struct cudaLaunchConfig_t {
     cudaLaunchAttribute* attrs;
     unsigned numAttrs;
 };
+struct cudaFuncAttributes {
+    int ptxVersion, binaryVersion;
+};
 struct cudaDeviceProp {
     char name[256];
     int major, minor, multiProcessorCount;
 };
+#define cudaStreamLegacy (reinterpret_cast<cudaStream_t>(1))
 constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaEventDefault = 0,
                    cudaHostAllocDefault = 0;
 
@@ -146,6 +157,7 @@ cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t);
 cudaError_t cudaEventSynchronize(cudaEvent_t);
 cudaError_t cudaEventElapsedTime(float*, cudaEvent_t, cudaEvent_t);
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*);
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -155,10 +167,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         config->gridDim.z > 65535 || config->blockDim.x > 1024 || config->dynamicSmemBytes > kMaxShared)
         return cudaErrorInvalidValue;
     if (const cudaError_t error = emulator::fault("cudaLaunchKernelEx")) return error;
+    if (config->numAttrs && emulator::code_version() < 90) return cudaErrorLaunchFailure;  // nothing in it would wait
     const std::tuple<Parameters...> copies(std::forward<Arguments>(arguments)...);
     const dim3 grid = config->gridDim, block = config->blockDim;
     const std::size_t shared = config->dynamicSmemBytes;
-    emulator::submit(config->stream,
-                     [=] { emulator::run_grid(grid, block, shared, [&] { std::apply(kernel, copies); }); });
+    emulator::submit(config->stream, [=] {
+        emulator::run_grid(grid, block, shared, [&] { std::apply(kernel, copies); });
+        emulator::finish_default_stream();
+    });
     return cudaSuccess;
 }

@@ -182,11 +182,23 @@ void wait(int left) {
     if (committed > left) groups.erase(groups.begin(), groups.begin() + (committed - left));
 }
 
+/// What was asked of the default stream and has not happened: streams made with cudaStreamNonBlocking do not wait for
+/// it. It happens when somebody waits for it, or else at the worst time: after the next kernel of another stream.
+std::vector<std::function<void()>> default_stream;
+void finish_default_stream() {
+    for (const auto& work : std::exchange(default_stream, {})) work();
+}
+
 void submit(Stream* stream, std::function<void()> work) {
     if (stream && stream->capture)
         stream->capture->nodes.push_back(std::move(work));
     else
         work();
+}
+
+int code_version() {
+    const char* text = std::getenv("CNLLAMA_EMULATOR_CODE");
+    return text ? std::atoi(text) : 90;
 }
 
 cudaError_t fault(const char* call) {
@@ -279,6 +291,7 @@ cudaError_t cudaMalloc(void** p, std::size_t bytes) {
 cudaError_t cudaFree(void* p) {
     const auto found = sizes.find(p);
     if (found == sizes.end()) return cudaErrorInvalidValue;
+    emulator::finish_default_stream();
     taken -= found->second;
     sizes.erase(found);
     std::free(p);
@@ -290,8 +303,17 @@ cudaError_t cudaHostAlloc(void** p, std::size_t bytes, unsigned) {
     return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* p) { return std::free(p), cudaSuccess; }
-cudaError_t cudaMemset(void* p, int value, std::size_t n) { return std::memset(p, value, n), cudaSuccess; }
-cudaError_t cudaMemcpy(void* to, const void* from, std::size_t n, cudaMemcpyKind) {
+cudaError_t cudaMemset(void* p, int value, std::size_t n) {
+    emulator::default_stream.push_back([=] { std::memset(p, value, n); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, std::size_t n, cudaMemcpyKind kind) {
+    if (kind == cudaMemcpyHostToDevice) {  // it returns when all is staged, not when it has arrived
+        const std::vector<char> staged(static_cast<const char*>(from), static_cast<const char*>(from) + n);
+        emulator::default_stream.push_back([=] { std::memcpy(to, staged.data(), n); });
+        return cudaSuccess;
+    }
+    emulator::finish_default_stream();
     return std::memcpy(to, from, n), cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t n, cudaMemcpyKind, cudaStream_t stream) {
@@ -301,7 +323,10 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t n, cudaMemcp
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new emulator::Stream, cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete s, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulator::fault("cudaStreamSynchronize"); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    if (stream == cudaStreamLegacy) emulator::finish_default_stream();
+    return emulator::fault("cudaStreamSynchronize");
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
     if (const cudaError_t error = emulator::fault("cudaStreamBeginCapture")) return error;
@@ -327,3 +352,6 @@ cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) { return *ms = 1.0f, cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    return *attributes = {emulator::code_version(), emulator::code_version()}, cudaSuccess;
+}
