@@ -64,7 +64,7 @@ void benchmarks() {
     for (std::int64_t i = 0; i < kLines * layout::kLineBytes; ++i)
         lines.get()[i] = static_cast<std::uint8_t>(random.word());
     check("read_lines and peaks", [&](ThreadPool&, Output& out) {
-        const std::uint64_t sum = cpu::kernels().read_lines(lines.get(), kLines);
+        const std::uint64_t sum = cpu::kernels().read_lines(lines.get(), kLines, cpu::stream_ahead(1));
         const bool counted = cpu::kernels().int8_peak(7) >= 7 * 16 && cpu::kernels().float_peak(7) >= 7 * 16;
         out.bytes(&sum, sizeof sum);
         out.bytes(&counted, sizeof counted);

@@ -100,11 +100,15 @@ Matrix::Matrix(Random& random, const layout::Scheme& scheme, std::int64_t rows, 
 void dump(const ops::Activations& activations, Output& out) {
     const ActivationData& d = activations.data().shared;
     const auto padded = static_cast<std::size_t>(d.m * ActivationData::padded(d.cols));
+    const auto sum = [&](std::int32_t stored) {  // each table has a form of its own
+        const std::int32_t whole = cpu::kernels().whole_sum(stored);
+        out.bytes(&whole, sizeof whole);
+    };
     out.bytes(&d.m, sizeof d.m);
     out.bytes(&d.cols, sizeof d.cols);
     out.bytes(d.values.get(), padded);
-    out.bytes(d.sums32.get(), padded / 32 * 4);
-    out.bytes(d.sums64.get(), padded / 64 * 4);
+    for (std::size_t i = 0; i < padded / 32; ++i) sum(d.sums32.get()[i]);
+    for (std::size_t i = 0; i < padded / 64; ++i) sum(d.sums64.get()[i]);
     out.floats({d.scales.get(), static_cast<std::size_t>(d.m * ActivationData::spans(d.cols))});
 }
 
