@@ -56,15 +56,15 @@ def _maps(proc: Path) -> Iterator[tuple[str, int, int, dict[str, int]]]:
     """(path, begin, end, bytes by name) of every map of this process; nothing on other systems."""
     path, begin, end, sizes = "", 0, 0, dict[str, int]()
     try:
-        with (proc / "self" / "smaps").open(encoding="utf-8", errors="surrogateescape") as file:
+        with (proc / "self" / "smaps").open("rb") as file:  # names hold any bytes; of these the system escapes \n only
             for line in file:
                 words = line.split(maxsplit=5)
-                if not words[0].endswith(":"):  # the head of a map, not one of its figures
+                if not words[0].endswith(b":"):  # the head of a map, not one of its figures
                     yield path, begin, end, sizes
-                    begin, end = (int(number, 16) for number in words[0].split("-"))
-                    path, sizes = words[5].rstrip("\n") if len(words) > 5 else "", {}
-                elif words[-1] == "kB":
-                    sizes[words[0][:-1]] = int(words[1]) << 10
+                    begin, end = (int(number, 16) for number in words[0].split(b"-"))
+                    path, sizes = os.fsdecode(words[5].rstrip(b"\n")) if len(words) > 5 else "", {}
+                elif words[-1] == b"kB":
+                    sizes[words[0][:-1].decode("ascii")] = int(words[1]) << 10
     except OSError:
         return
     yield path, begin, end, sizes
