@@ -204,9 +204,9 @@ def test_a_pipe_that_something_writes_into_is_read_and_another_is_refused(tmp_pa
 
     thread = threading.Thread(target=write)
     thread.start()
-    os.close(reader)
     assert read_text_file(pipe) == text
     thread.join()
+    os.close(reader)  # not before: without a reader the writer would end with an error
 
 
 def test_what_has_no_end_is_refused() -> None:
