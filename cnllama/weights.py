@@ -54,13 +54,13 @@ class WeightMemory:
         self._engine, self._file, self._reserve = engine, file, reserve
         self._size = engine.own_weights(0)
         self._left = self._size
-        self._decided = False
+        self._moved = 0
+        self._decided = mode == "copy"
         self._reason = ""
         if mode == "map":
             self._stay("map")
         elif mode == "auto" and self._size < _SMALLEST:
             self._stay("small")
-        self._decided = mode == "copy"
         self._begun = False
 
     def before_step(self) -> None:
@@ -79,9 +79,8 @@ class WeightMemory:
     def figures(self) -> dict[str, int | str]:
         """{"where": "map" or "copy", "reason", "bytes", "moved", "large_pages"}: for JSON, sizes in bytes."""
         _, large = map_memory(self._file)
-        moved = self._size - self._left if not self._reason else 0
-        where = "copy" if moved else "map"
-        return {"where": where, "reason": self._reason, "bytes": self._size, "moved": moved, "large_pages": large}
+        where = "copy" if self._moved else "map"
+        return {"where": where, "reason": self._reason, "bytes": self._size, "moved": self._moved, "large_pages": large}
 
     def _stay(self, reason: str) -> None:
         self._left, self._reason = 0, reason
@@ -96,6 +95,8 @@ class WeightMemory:
             self._left = self._engine.own_weights(size)
         except RuntimeError:  # the system gives no memory: what lies in the map stays there
             self._stay("refused")
+        else:
+            self._moved = self._size - self._left
 
     def _decide(self) -> None:
         self._decided = True
@@ -109,9 +110,6 @@ def describe(figures: dict[str, int | str]) -> str:
     """For people: where the weights lie, and why."""
     size, moved, large = (int(figures[name]) for name in ("bytes", "moved", "large_pages"))
     share = f"{large / size:.0%}" if size else "0%"
-    if moved:
-        done = f"{moved / size:.0%}"
-        return tr(f"a copy, {done} moved, {share} in large pages", f"副本（已移入 {done}，{share} 为大页）")
     reasons = {
         "memory": tr("too little memory is free for a copy", "空闲内存不足以复制"),
         "refused": tr("the system gave no memory for a copy", "系统不给复制用的内存"),
@@ -119,4 +117,7 @@ def describe(figures: dict[str, int | str]) -> str:
     }
     reason = reasons.get(str(figures["reason"]))
     more = f"; {reason}" if reason else ""
+    if moved:
+        done = f"{moved / size:.0%}"
+        return tr(f"a copy, {done} moved, {share} in large pages{more}", f"副本（已移入 {done}，{share} 为大页）{more}")
     return tr(f"the file's map, {share} in large pages{more}", f"文件映射（{share} 为大页）{more}")

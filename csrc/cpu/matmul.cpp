@@ -375,12 +375,13 @@ void matmul_swiglu(Team& team, const Activations& activations, const Weight& gat
         });
         return;
     }
-    for_pairs(team, a, tiles, pairs_of(gate), 1, [&](std::int64_t pair, std::int64_t first, std::int64_t last) {
-        alignas(64) Sums c, d;
-        multiply_pair(a, tiles, gate, pair, first, last, pair_data(up, pair), c.data());
-        multiply_pair(a, tiles, up, pair, first, last, pair_data(gate, pair + 1), d.data());
-        finish(pair, first, last, c.data(), d.data());
-    });
+    for_pairs(team, a, tiles, pairs_of(gate), 2 * layout::panel_bytes(*gate.scheme, gate.cols),
+              [&](std::int64_t pair, std::int64_t first, std::int64_t last) {
+                  alignas(64) Sums c, d;
+                  multiply_pair(a, tiles, gate, pair, first, last, pair_data(up, pair), c.data());
+                  multiply_pair(a, tiles, up, pair, first, last, pair_data(gate, pair + 1), d.data());
+                  finish(pair, first, last, c.data(), d.data());
+              });
 }
 
 }  // namespace cnl::ops
